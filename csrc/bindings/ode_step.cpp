@@ -1,0 +1,57 @@
+#include "cpu/ode_step.h"
+
+#include "torch_utils.h"
+
+namespace mfd {
+namespace {
+
+template <typename X, typename V>
+void run(const Tensor& x, const Tensor& v, const std::optional<Tensor>& history,
+         const Tensor& coef, double guidance, const std::optional<Tensor>& input) {
+  const OdeStepParams<X, V> params{
+      .x = data_ptr<X>(x),
+      .v = data_ptr<V>(v),
+      .history = optional_ptr<X>(history),
+      .coef = data_ptr<float>(coef),
+      .input = optional_ptr<V>(input),
+      .guidance = static_cast<float>(guidance),
+      .guided = v.size(1) == x.size(1) + 1,
+      .trajectories = x.size(1),
+      .lanes = v.size(1),
+      .n = x.numel() / (x.size(0) * x.size(1)),
+  };
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    ode_step_cpu(params, begin, end);
+  });
+}
+
+void ode_step_(const Tensor& x, const Tensor& v, const std::optional<Tensor>& history,
+               const Tensor& coef, double guidance, const std::optional<Tensor>& input) {
+  constexpr const char* op = "ode_step_";
+  check_contiguous(op, x, "x");
+  check_contiguous(op, v, "v");
+  check_contiguous(op, coef, "coef");
+  check_dtype(op, coef, "coef", ScalarType::Float);
+  if (history) check_contiguous(op, *history, "history");
+  if (input) check_contiguous(op, *input, "x_in");
+  if (x.numel() == 0) return;
+
+  if (x.scalar_type() == ScalarType::Double) {
+    check_dtype(op, v, "v", ScalarType::Double);
+    return run<double, double>(x, v, history, coef, guidance, input);
+  }
+  check_dtype(op, x, "x", ScalarType::Float);
+  dispatch_cpu(op, v, [&](auto element) {
+    using V = decltype(element);
+    if constexpr (std::is_same_v<V, double>) {
+      MFD_CHECK(op, false, "v must not be float64 when x is float32");
+    } else {
+      run<float, V>(x, v, history, coef, guidance, input);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace mfd
+
+STABLE_TORCH_LIBRARY_IMPL(mfd_fast, CPU, m) { m.impl("ode_step_", TORCH_BOX(&mfd::ode_step_)); }
