@@ -1,0 +1,39 @@
+"""Distil flow-matching models into one- to four-step students by Mean Flow Distillation."""
+
+from mfd_fast.backbone import AUX, STUDENT, TEACHER, TEACHER_UNCOND, Backbone, CopiedBackbone, Lane
+from mfd_fast.config import DistillConfig, OptimConfig
+from mfd_fast.distiller import Distiller
+from mfd_fast.flow import (
+    Schedule,
+    dpm_flow_schedule,
+    sample_time_pairs,
+    sample_times,
+    shifted_schedule,
+)
+from mfd_fast.integrate import generate, guided, mean_velocity
+from mfd_fast.ops import interpolate, mfd_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AUX",
+    "STUDENT",
+    "TEACHER",
+    "TEACHER_UNCOND",
+    "Backbone",
+    "CopiedBackbone",
+    "DistillConfig",
+    "Distiller",
+    "Lane",
+    "OptimConfig",
+    "Schedule",
+    "dpm_flow_schedule",
+    "generate",
+    "guided",
+    "interpolate",
+    "mean_velocity",
+    "mfd_loss",
+    "sample_time_pairs",
+    "sample_times",
+    "shifted_schedule",
+]

@@ -1,0 +1,180 @@
+"""The Backbone protocol: three roles behind one batched evaluation; and full copies of a network.
+
+A *lane* is one role seen by one sample: teacher with its condition, teacher without, auxiliary or
+student.  ``forward`` evaluates a batch of lanes ``[n, L, *S]``, sample-major, so that the samples still
+moving along their trajectories are a prefix.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+ROLES = ("teacher", "aux", "student")
+
+
+class Lane(NamedTuple):
+    """One role; the teacher with or without its condition."""
+
+    role: str
+    is_conditional: bool = True
+
+
+TEACHER = Lane("teacher")
+TEACHER_UNCOND = Lane("teacher", is_conditional=False)
+AUX = Lane("aux")
+STUDENT = Lane("student")
+
+
+def trajectory_lanes(guidance: float) -> tuple[Lane, ...]:
+    """The lanes that integrate teacher and auxiliary together; w = 1 needs no unconditional one."""
+    return (TEACHER, AUX) if guidance == 1.0 else (TEACHER, TEACHER_UNCOND, AUX)
+
+
+def batch_size(cond: Any) -> int:
+    """The leading dimension that every leaf of ``cond`` shares; ``ValueError`` if they disagree."""
+    leaves = tree_leaves(cond)
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim >= 1 for leaf in leaves):
+        raise ValueError(
+            "cond must be a pytree of tensors with a leading batch dimension; got "
+            f"{type(cond).__name__} with leaves {[type(leaf).__name__ for leaf in leaves]}. "
+            "For an unconditional network pass torch.empty(batch, 0)."
+        )
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the leaves of cond must share their batch size; got shapes "
+            f"{[list(leaf.shape) for leaf in leaves]}"
+        )
+    return sizes.pop()
+
+
+@dataclass
+class Prepared:
+    """What is constant along a trajectory: the condition of every lane, made once.
+
+    ``cond`` and ``null`` are pytrees with B rows; ``null`` is None without a null condition.
+    """
+
+    cond: Any
+    null: Any
+    batch: int
+    _rows: dict[tuple[Lane, ...], Any] = field(default_factory=dict)
+
+    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
+        """Conditions of the first n samples, one row a lane, sample-major: ``[n * L, ...]`` leaves."""
+        if lanes not in self._rows:
+            per_lane = [self.cond if lane.is_conditional else self._null() for lane in lanes]
+            flat, spec = zip(*(tree_flatten(tree) for tree in per_lane), strict=True)
+            leaves = [torch.stack(group, dim=1).flatten(0, 1) for group in zip(*flat, strict=True)]
+            self._rows[lanes] = spec[0].unflatten(leaves)
+        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._rows[lanes])
+
+    def _null(self) -> Any:
+        if self.null is None:
+            raise ValueError(
+                "guidance other than 1 needs the teacher without its condition: give the backbone "
+                "null_cond, a function from cond to the null condition of the same shape"
+            )
+        return self.null
+
+
+class Backbone(Protocol):
+    """Teacher, auxiliary and student behind one batched evaluation."""
+
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def prepare(self, cond: Any) -> Prepared:
+        """Compute once what is constant along a trajectory; leaves of cond are ``[B, ...]``."""
+        ...
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]`` for the first n prepared samples."""
+        ...
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """The parameters that training this role changes; empty for the teacher."""
+        ...
+
+
+class CopiedBackbone(nn.Module):
+    """Three full copies of a network ``network(x, t, cond) -> v``.
+
+    Args:
+        teacher: the pretrained network; frozen and put in eval mode.
+        auxiliary, student: networks that start as the teacher; deep copies of it if None.
+        sample_shape: shape of one sample, without the batch dimension.
+        null_cond: cond -> the null condition of the same shapes; needed for guidance other than 1.
+        dtype: what x is cast to before it enters a network; that of the teacher's parameters if None.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        auxiliary: nn.Module | None = None,
+        student: nn.Module | None = None,
+        *,
+        sample_shape: tuple[int, ...],
+        null_cond: Callable[[Any], Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.aux = copy.deepcopy(teacher) if auxiliary is None else auxiliary
+        self.student = copy.deepcopy(teacher) if student is None else student
+        self.teacher = teacher.eval().requires_grad_(False)
+        for network in (self.aux, self.student):
+            network.requires_grad_(True)
+        self.sample_shape = tuple(sample_shape)
+        self.null_cond = null_cond
+        first = next(teacher.parameters())
+        self.dtype = first.dtype if dtype is None else dtype
+        self.device = first.device
+
+    def prepare(self, cond: Any) -> Prepared:
+        batch = batch_size(cond)
+        null = None if self.null_cond is None else self.null_cond(cond)
+        return Prepared(cond, null, batch)
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        """One call per role: neighbouring lanes of a role are evaluated as one batch."""
+        n = x.shape[0]
+        parts, start = [], 0
+        for role, group in groupby(lanes, key=lambda lane: lane.role):
+            members = tuple(group)
+            width = len(members)
+            rows = x[:, start : start + width].flatten(0, 1).to(self.dtype)
+            times = t[:, None].expand(n, width).flatten()
+            v = getattr(self, role)(rows, times, prepared.rows(members, n))
+            if v.shape != rows.shape:
+                raise ValueError(
+                    f"the {role} network must return the shape of its input, {list(rows.shape)}; "
+                    f"got {list(v.shape)}"
+                )
+            parts.append(v.unflatten(0, (n, width)))
+            start += width
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {list(ROLES)}, got {role!r}")
+        return [] if role == "teacher" else list(getattr(self, role).parameters())
+
+
+@contextmanager
+def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """Inside the block ``parameters`` hold ``values`` (the averaged weights); restored after it."""
+    saved = [parameter.detach().clone() for parameter in parameters]
+    targets = [parameter.data for parameter in parameters]
+    torch._foreach_copy_(targets, values)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(targets, saved)

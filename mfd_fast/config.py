@@ -1,0 +1,232 @@
+"""Every setting of a run, as frozen dataclasses: the fields are the YAML keys and the CLI overrides."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Distribution = Literal["logit_normal", "uniform"]
+SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
+
+
+def _require(ok: bool, key: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ValueError(f"{key} must be {expected}, got {got}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW of one role."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    clip_norm: float = 1.0
+    """The gradient is scaled down to this global norm; 0 turns clipping off."""
+    warmup_updates: int = 0
+    """The learning rate rises linearly over this many updates of the role."""
+
+    def __post_init__(self):
+        _require(self.lr > 0, "lr", "> 0", self.lr)
+        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2", "in [0, 1)",
+                 (self.beta1, self.beta2))  # fmt: skip
+        _require(self.clip_norm >= 0, "clip_norm", ">= 0 (0: off)", self.clip_norm)
+        _require(self.warmup_updates >= 0, "warmup_updates", ">= 0", self.warmup_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Mean Flow Distillation itself.  Defaults: the paper's settings where it states them."""
+
+    objective: Literal["mfd", "vsd"] = "mfd"
+    """Gradient of the student: mean velocities over [r, t] (mfd) or instantaneous ones at t (vsd)."""
+    guidance: float = 4.5
+    """Classifier-free guidance scale of the teacher; the auxiliary is never guided."""
+    step_size: float = 0.02
+    """Largest solver step h when a mean velocity is integrated over [r, t]."""
+    solver: SolverName = "euler"
+    """Solver of the mean velocities; the paper's is Euler."""
+    grid: int = 0
+    """Round t, r and every step's end to multiples of 1/grid (official SANA script: 1000); 0: off."""
+    time_distribution: Distribution = "logit_normal"
+    """Distribution of the two times whose larger one is t and smaller one r."""
+    time_mean: float = 0.0
+    """Mean of the normal variable inside the logit-normal of (t, r)."""
+    time_std: float = 1.0
+    """Its standard deviation."""
+    equal_fraction: float = 0.0
+    """Probability that a sample takes r = t, the instantaneous (VSD) limit."""
+    min_interval: float = 0.0
+    """Redraw a pair until t - r is at least this."""
+    max_interval: float | None = None
+    """Raise r so that t - r is at most this; None: no limit (the paper)."""
+    aux_time_distribution: Distribution = "logit_normal"
+    """Distribution of t in the auxiliary's flow matching."""
+    aux_time_mean: float = 0.0
+    """Mean of the normal variable inside the auxiliary's logit-normal."""
+    aux_time_std: float = 1.0
+    """Its standard deviation."""
+    score_weighting: bool = False
+    """vsd only: multiply the gradient by (1 - t)/t, the score difference of the KL form."""
+    aux_updates: int = 10
+    """Auxiliary updates in one cycle, before the student's."""
+    student_updates: int = 1
+    """Student updates in one cycle."""
+    student_steps: int = 1
+    """K: steps of the student's sampler, in training and at inference."""
+    student_solver: SolverName = "euler"
+    """Solver of the student's sampler."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the student's weights; 0: no average."""
+    seed: int = 0
+    """Seeds every random number of the distillation."""
+    student_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the student."""
+    aux_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of the auxiliary."""
+
+    def __post_init__(self):
+        _require(self.step_size > 0, "distill.step_size", "> 0", self.step_size)
+        _require(self.grid >= 0, "distill.grid", ">= 0 (0: off)", self.grid)
+        _require(0 <= self.equal_fraction <= 1, "distill.equal_fraction", "in [0, 1]",
+                 self.equal_fraction)  # fmt: skip
+        _require(0 <= self.min_interval < 1, "distill.min_interval", "in [0, 1)", self.min_interval)
+        _require(self.max_interval is None or self.max_interval > self.min_interval,
+                 "distill.max_interval", f"above min_interval {self.min_interval} or none",
+                 self.max_interval)  # fmt: skip
+        _require(self.time_std >= 0 and self.aux_time_std >= 0, "time_std and aux_time_std", ">= 0",
+                 (self.time_std, self.aux_time_std))  # fmt: skip
+        for name in ("aux_updates", "student_updates", "student_steps"):
+            _require(getattr(self, name) >= 1, f"distill.{name}", ">= 1", getattr(self, name))
+        _require(0 <= self.ema_decay < 1, "distill.ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop around the updates."""
+
+    updates: int = 3000
+    """Student updates in the whole run."""
+    batch_size: int = 1
+    """Samples per update."""
+    log_every: int = 10
+    """Metrics are read from the device and written every this many student updates."""
+    device: str = "auto"
+    """``auto`` (cuda if there is one), ``cpu`` or ``cuda``."""
+
+    def __post_init__(self):
+        for name in ("updates", "batch_size", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
+        _require(self.device in ("auto", "cpu", "cuda"), "train.device", "auto, cpu or cuda",
+                 repr(self.device))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One distillation run."""
+
+    preset: str = "digits"
+    """The task: what is distilled, from which teacher, on which conditions."""
+    teacher: str = ""
+    """File of the pretrained teacher; empty: the one that ships with the preset."""
+    num_eval_samples: int = 2000
+    """Samples behind every row of the result table."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The method."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+
+
+PRESETS: dict[str, RunConfig] = {
+    "digits": RunConfig(
+        preset="digits",
+        distill=DistillConfig(
+            guidance=2.0,
+            step_size=0.05,
+            aux_updates=5,
+            ema_decay=0.98,
+            student_optim=OptimConfig(lr=1e-4),
+            aux_optim=OptimConfig(lr=3e-4),
+        ),
+        train=TrainConfig(updates=400, batch_size=64),
+    ),
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The configuration a preset starts from; ``ValueError`` lists the presets and the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"unknown preset {name!r}; there is {sorted(PRESETS)}{_nearest(name, PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain containers, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    import yaml  # here, so that the library itself needs no YAML
+
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a config written by :func:`save_config`; unknown keys and wrong types are ``ValueError``."""
+    import yaml
+
+    tree = yaml.safe_load(path.read_text())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of config keys; got {type(tree).__name__}")
+    return from_dict(RunConfig, tree)
+
+
+def from_dict(cls: type, tree: dict, path: str = "") -> Any:
+    """Build a config dataclass from plain containers, checking keys and types by name."""
+    known = {f.name for f in fields(cls)}
+    for name in tree:
+        if name not in known:
+            section = path.rstrip(".") or "top level"
+            raise ValueError(
+                f"unknown config key {path + str(name)!r}; {section} has {sorted(known)}"
+                f"{_nearest(str(name), known)}"
+            )
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if is_dataclass(hints[name]):
+            _require(isinstance(value, dict), path + name, "a mapping", repr(value))
+            values[name] = from_dict(hints[name], value, f"{path}{name}.")
+        else:
+            values[name] = _check(hints[name], value, path + name)
+    return cls(**values)
+
+
+def _check(hint: Any, value: Any, key: str) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        _require(value in choices, key, f"one of {list(choices)}", repr(value))
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, key, hint.__name__, f"{value!r} ({type(value).__name__})")
+    return value
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

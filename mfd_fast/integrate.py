@@ -1,0 +1,201 @@
+"""The one solver loop of the project, and what is built on it: mean velocities and sampling.
+
+    mean velocity   u(x_t; t -> r) = (x_t - Phi(x_t; t -> r)) / (t - r)       (definition of the AVF)
+
+Samples are sorted by their number of steps, so the ones still moving are always a prefix and the batch
+shrinks as they arrive: the cost is the sum of N over the samples, not batch x max N.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from mfd_fast.flow import Schedule, uniform_schedule
+from mfd_fast.ops import ode_step_, reference
+from mfd_fast.solvers import SolverTable, plan, scheduled
+
+Velocity = Callable[..., Tensor]
+
+
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    table: SolverTable,
+    *,
+    guidance: float = 1.0,
+    num_lanes: int | None = None,
+    dtype: torch.dtype | None = None,
+    compact: bool = True,
+) -> Tensor:
+    """Move the trajectories of every sample along the table and return where they end.
+
+    Args:
+        velocity: (lanes ``[n, L, *S]`` in ``dtype``, t ``[n]``) -> velocities ``[n, L, *S]``; n <= B is
+            the prefix of samples still moving (n = B always if ``compact`` is False).
+        x: states ``[B, S, *S]`` float32, in the order of the table; not modified.
+        guidance: guidance scale of trajectory 0 when ``num_lanes`` is S + 1.
+        num_lanes: L; S if None.
+        dtype: the model's dtype; that of x if None.
+
+    With gradients enabled every step is functional and the gradient flows through all of them;
+    without, one in-place operator a step updates state, history and the next model inputs.
+    """
+    table = table if table.coef.device == x.device else table.to(x.device)
+    num_lanes = x.shape[1] if num_lanes is None else num_lanes
+    if torch.is_grad_enabled():
+        return _integrate_with_grad(velocity, x, table, guidance, dtype or x.dtype)
+    x = x.clone(memory_format=torch.contiguous_format)
+    history = torch.zeros_like(x) if table.has_history else None
+    first = x if num_lanes == x.shape[1] else torch.cat([x[:, :1], x], dim=1)
+    x_in = first.to(dtype or x.dtype, copy=True)
+    for k, active in enumerate(table.active):
+        n = active if compact else x.shape[0]
+        v = velocity(x_in[:n], table.times[k, :n])
+        ode_step_(
+            x[:n],
+            v.contiguous(),
+            None if history is None else history[:n],
+            table.coef[k, :n],
+            guidance=guidance,
+            x_in=x_in[:n],
+        )
+    return x
+
+
+def _integrate_with_grad(velocity, x, table, guidance, dtype) -> Tensor:
+    """The same recurrence out of place; a few steps (student sampling), all samples together."""
+    history = None
+    for k in range(len(table.active)):
+        v = velocity(x.to(dtype), table.times[k])
+        x, history = reference.ode_step(x, v, history, table.coef[k], guidance)
+    return x
+
+
+def mean_velocity(
+    velocity: Velocity,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    step_size: float = 0.02,
+    solver: str = "euler",
+    grid: int | None = None,
+    cond: Any = None,
+) -> Tensor:
+    """Average of ``velocity`` along its own ODE from t down to r, started at x (definition of the AVF).
+
+    Args:
+        velocity: (x ``[B, *S]``, t ``[B]``) -> ``[B, *S]``; with ``cond`` it is called as
+            velocity(x, t, cond).
+        x: states at time t, ``[B, *S]`` float32 or float64.
+        t, r: ``[B]`` float32, 0 <= r <= t <= 1; keep them on the CPU to avoid waiting for the device.
+        step_size: sample i takes N_i = ceil((t_i - r_i) / step_size) steps; t_i == r_i gives
+            velocity(x, t).
+        solver: ``"euler"`` (the paper), ``"heun"``, ``"ab2"`` or ``"dpmpp_2m"``.
+        grid: round t, r and every step's end to multiples of 1/grid.
+        cond: a pytree whose leaves have a leading batch dimension.  With it, samples that have arrived
+            leave the batch (velocity sees the rows still moving, reordered); without it, velocity
+            always sees all B rows in their order, because it may close over something per sample.
+
+    Returns:
+        u ``[B, *S]``; no gradient flows through it.  ``ValueError`` names what is out of range.
+    """
+    if x.ndim < 1 or t.shape != x.shape[:1] or r.shape != x.shape[:1]:
+        raise ValueError(
+            f"mean_velocity: t and r must be [B] for x [B, ...] = {list(x.shape)}; "
+            f"got {list(t.shape)} and {list(r.shape)}"
+        )
+    table = plan(t.to("cpu"), r.to("cpu"), step_size=step_size, solver=solver, grid=grid)
+    compact = cond is not None
+    if not compact:
+        table = _unsorted(table)
+    order = table.order
+    start = x if order is None else x[order.to(x.device)]
+    cond = tree_map(lambda leaf: leaf if order is None else leaf[order.to(leaf.device)], cond)
+
+    def lane_velocity(x_in, time):
+        rows = (tree_map(lambda leaf: leaf[: len(time)], cond),) if compact else ()
+        v = velocity(x_in[:, 0], time, *rows)
+        if v.shape != x_in[:, 0].shape:
+            raise ValueError(
+                f"velocity must return the shape of x, {list(x_in[:, 0].shape)}; got {list(v.shape)}"
+            )
+        return v[:, None]
+
+    with torch.no_grad():
+        end = integrate(lane_velocity, start[:, None], table, compact=compact)[:, 0]
+        weight, span = (
+            reference.per_sample(row.to(x.device, x.dtype), x)
+            for row in (table.start_weight, table.span)
+        )
+        u = (weight * start - end) / span
+        return u if order is None else torch.empty_like(u).index_copy_(0, order.to(x.device), u)
+
+
+def _unsorted(table: SolverTable) -> SolverTable:
+    """The table in the samples' own order; arrived samples stay in the batch and stand still."""
+    if table.order is None:
+        return table
+    back = torch.argsort(table.order)
+    return SolverTable(
+        times=table.times[:, back].contiguous(),
+        coef=table.coef[:, back].contiguous(),
+        active=table.active,
+        order=None,
+        span=table.span[back],
+        start_weight=table.start_weight[back],
+        has_history=table.has_history,
+    )
+
+
+def guided(velocity_cond: Velocity, velocity_uncond: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance ``v_u + scale (v_c - v_u)`` as a velocity; scale 1 is velocity_cond."""
+    if scale == 1.0:
+        return velocity_cond
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v_uncond = velocity_uncond(x, t)
+        return v_uncond + scale * (velocity_cond(x, t) - v_uncond)
+
+    return velocity
+
+
+def generate(
+    student_velocity: Velocity,
+    noise: Tensor,
+    *,
+    steps: int = 1,
+    solver: str = "euler",
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Sample: integrate ``student_velocity`` from noise (t = 1) to data (t = 0) in ``steps`` steps.
+
+    Args:
+        student_velocity: (x ``[B, *S]``, t ``[B]``) -> ``[B, *S]``.
+        noise: standard normal, ``[B, *S]`` float32.
+        schedule: the times to visit (``flow.shifted_schedule``, ``flow.dpm_flow_schedule``); equal
+            steps if None.
+
+    Returns:
+        x_0 ``[B, *S]``.  One Euler step is ``noise - velocity(noise, 1)``.  Gradients flow through all
+        steps when they are enabled.
+    """
+    schedule = uniform_schedule(steps) if schedule is None else schedule
+    if len(schedule.times) != steps:
+        raise ValueError(f"steps={steps}, but the schedule has {len(schedule.times)} steps")
+    table = _scheduled_on(noise.device, schedule, noise.shape[0], solver)
+
+    def lane_velocity(x_in, time):
+        return student_velocity(x_in[:, 0], time)[:, None]
+
+    return integrate(lane_velocity, noise[:, None], table)[:, 0]
+
+
+@lru_cache(maxsize=64)
+def _scheduled_on(device, schedule: Schedule, batch: int, solver: str) -> SolverTable:
+    """A few-step sampler uses one table for a whole run: made and moved once."""
+    return scheduled(schedule, batch, solver=solver).to(device)

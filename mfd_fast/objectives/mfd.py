@@ -1,0 +1,39 @@
+"""Mean Flow Distillation (Eq. 15-20): match mean velocities over random intervals [r, t].
+
+d loss / d x_t = (u_T - u_A) / numel,   u = (x_t - Phi(x_t; t -> r)) / (t - r)
+"""
+
+from torch import Generator
+
+from mfd_fast.config import DistillConfig
+from mfd_fast.flow import sample_time_pairs
+from mfd_fast.objectives.base import match_mean_velocities
+from mfd_fast.solvers import SolverTable, plan
+
+
+class MeanFlowDistillation:
+    def __init__(self, config: DistillConfig):
+        self.config = config
+
+    def draw(self, batch: int, generator: Generator) -> SolverTable:
+        """Pairs are independent of the samples, so they are sorted, never the samples."""
+        config = self.config
+        t, r = sample_time_pairs(
+            batch,
+            config.time_distribution,
+            mean=config.time_mean,
+            std=config.time_std,
+            equal_fraction=config.equal_fraction,
+            min_interval=config.min_interval,
+            max_interval=config.max_interval,
+            generator=generator,
+        )
+        table = plan(
+            t, r, step_size=config.step_size, solver=config.solver, grid=config.grid or None
+        )
+        return table.assigned_in_order()
+
+    def student_loss(self, backbone, prepared, x0, noise, table):
+        return match_mean_velocities(
+            backbone, prepared, x0, noise, table, guidance=self.config.guidance
+        )

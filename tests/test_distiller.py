@@ -1,0 +1,306 @@
+"""The step: gradients against separate evaluation, fixed point, collapse, skip, state, no sync."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mfd_fast import (
+    CopiedBackbone,
+    DistillConfig,
+    Distiller,
+    OptimConfig,
+    interpolate,
+    mean_velocity,
+)
+from mfd_fast import guided, mfd_loss
+from mfd_fast.objectives import make_objective
+from gaussian import GaussianNetwork
+from numerics import assert_as_accurate
+
+DIM = 3
+
+
+class CondNetwork(torch.nn.Module):
+    """A small non-linear network whose output depends on its condition ``[B, 1]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(DIM + 2, 16)
+        self.outer = torch.nn.Linear(16, DIM)
+
+    def forward(self, x, t, cond):
+        t = t.to(x.dtype)[:, None]
+        return self.outer(torch.tanh(self.inner(torch.cat([x, t, cond.to(x.dtype)], dim=1))))
+
+
+def cond_backbone(dtype=torch.float32):
+    networks = [CondNetwork().to(dtype) for _ in range(3)]
+    return CopiedBackbone(*networks, sample_shape=(DIM,), null_cond=torch.zeros_like)
+
+
+def gaussian_backbone(teacher, student=None, aux=None):
+    return CopiedBackbone(teacher, aux, student, sample_shape=(DIM,))
+
+
+def separate_gradients(backbone, config, table, cond, z, eps):
+    """A literal transcription of method.md section 4: one network, one trajectory at a time."""
+    t, order = table.times[0], torch.arange(len(cond))
+    r = t - table.span * table.start_weight
+    x0 = z - backbone.student(z, torch.ones(len(z)), cond)
+    x_t = interpolate(x0, eps.to(x0.dtype), t)
+    null = torch.zeros_like(cond)
+    u_aux, u_teacher = [], []
+    for i in order:
+        c, n, row = cond[i : i + 1], null[i : i + 1], slice(i, i + 1)
+
+        def aux(x, time, c=c):
+            return backbone.aux(x, time, c)
+
+        teacher = guided(
+            lambda x, time, c=c: backbone.teacher(x, time, c),
+            lambda x, time, n=n: backbone.teacher(x, time, n),
+            config.guidance,
+        )
+        with torch.no_grad():
+            arguments = (x_t[row], t[row], r[row])
+            kwargs = {"step_size": config.step_size}
+            u_aux.append(mean_velocity(aux, *arguments, **kwargs))
+            u_teacher.append(mean_velocity(teacher, *arguments, **kwargs))
+    mfd_loss(x_t, torch.cat(u_teacher), torch.cat(u_aux)).backward()
+    return [p.grad for p in backbone.student.parameters()]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("objective", ["mfd", "vsd"])
+def test_student_gradients_equal_separate_evaluation(guidance, batch, objective):
+    backbone = cond_backbone()
+    config = DistillConfig(
+        guidance=guidance, step_size=0.1, objective=objective, equal_fraction=0.2
+    )
+    objective = make_objective(config)
+    table = objective.draw(batch, torch.Generator().manual_seed(batch))
+    cond = torch.randn(batch, 1)
+    z, eps = torch.randn(batch, DIM), torch.randn(batch, DIM)
+
+    prepared = backbone.prepare(cond)
+    x0 = z - backbone.student(z, torch.ones(batch), cond)
+    loss, _ = objective.student_loss(backbone, prepared, x0, eps, table)
+    ours = torch.autograd.grad(loss, list(backbone.student.parameters()))
+
+    eager = separate_gradients(backbone, config, table, cond, z, eps)
+    eager = [g.clone() for g in eager]
+    backbone.zero_grad()
+    exact = separate_gradients(
+        backbone.double(), config, table, cond.double(), z.double(), eps.double()
+    )
+    for actual, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert_as_accurate(actual, theirs, truth)
+
+
+def test_fixed_point_is_exactly_zero():
+    """v_A == v_T and w = 1: both trajectories see the same numbers, so the gradient is exactly 0."""
+    network = CondNetwork()
+    backbone = CopiedBackbone(network, sample_shape=(DIM,))
+    distiller = Distiller(backbone, DistillConfig(guidance=1.0, student_optim=OptimConfig(lr=1.0)))
+    before = [p.clone() for p in backbone.parameters_of("student")]
+    metrics = distiller.student_step(torch.randn(6, 1))
+    assert metrics["student_grad_norm"].item() == 0.0 and metrics["distance"].item() == 0.0
+    weight_decay = 1 - distiller.config.student_optim.weight_decay
+    for old, new in zip(before, backbone.parameters_of("student"), strict=True):
+        assert torch.equal(new, old * weight_decay)
+
+
+class AffineGenerator(torch.nn.Module):
+    """A student whose one step gives shift + scale z (the flow of a Gaussian gives only its mean)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(DIM))
+        self.shift = torch.nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x, t, cond):
+        return x - (self.shift + self.scale * x)
+
+
+def distil_gaussian(config, updates, batch=512):
+    torch.manual_seed(0)
+    teacher, student, aux = GaussianNetwork(), AffineGenerator(), GaussianNetwork(0.0, 1.0)
+    distiller = Distiller(gaussian_backbone(teacher, student, aux), config)
+    cond = torch.zeros(batch, 1)
+    while distiller.num_updates["student"] < updates:
+        distiller.step(cond)
+    return distiller.generate(torch.randn(20_000, DIM), torch.zeros(20_000, 1))
+
+
+@pytest.mark.parametrize("objective", ["mfd", "vsd"])
+def test_student_of_a_gaussian_teacher_reaches_its_distribution(objective):
+    """Teacher N(.3, .5^2), student starts at N(0, 1): it ends nearer than a tenth of the way."""
+    optim = OptimConfig(lr=0.02, weight_decay=0.0)
+    config = DistillConfig(
+        objective=objective, guidance=1.0, aux_updates=2, student_optim=optim, aux_optim=optim,
+        step_size=0.1, ema_decay=0.95,
+    )  # fmt: skip
+    x = distil_gaussian(config, updates=250)
+    assert (x.mean(0) - 0.3).abs().max() < 0.03
+    assert (x.std(0) - 0.5).abs().max() < 0.05
+
+
+def test_without_an_auxiliary_the_student_collapses():
+    """v_A replaced by eps - x_0: the variance of the samples goes to ~0 (paper C.4)."""
+    torch.manual_seed(0)
+    teacher = GaussianNetwork().requires_grad_(False)
+    scale, shift = torch.ones(DIM, requires_grad=True), torch.zeros(DIM, requires_grad=True)
+    optimizer = torch.optim.Adam([scale, shift], lr=0.02)
+    for _ in range(400):
+        x0 = shift + scale * torch.randn(256, DIM)
+        eps, t, r = torch.randn(256, DIM), torch.full((256,), 0.7), torch.full((256,), 0.3)
+        x_t = interpolate(x0, eps, t)
+        u_teacher = mean_velocity(lambda x, t: teacher(x, t, 0.0), x_t, t, r, step_size=0.1)
+        mfd_loss(x_t, u_teacher, (eps - x0).detach()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (shift + scale * torch.randn(10_000, DIM)).var().item() < 0.01 * 0.5**2
+
+
+def small_distiller(**overrides):
+    torch.manual_seed(1)
+    config = DistillConfig(**{"guidance": 2.0, "step_size": 0.2, "aux_updates": 2} | overrides)
+    return Distiller(cond_backbone(), config)
+
+
+def test_cycle_alternates_roles():
+    distiller = small_distiller(aux_updates=2, student_updates=3)
+    roles = []
+    for _ in range(10):
+        roles.append(distiller.next_role)
+        distiller.step(torch.randn(2, 1))
+    assert roles == (["aux"] * 2 + ["student"] * 3) * 2
+    assert distiller.num_updates == {"aux": 4, "student": 6}
+
+
+def test_state_dict_continues_bit_for_bit():
+    conds = [torch.randn(3, 1) for _ in range(8)]
+    one, two = small_distiller(ema_decay=0.9), small_distiller(ema_decay=0.9, seed=5)
+    for cond in conds[:4]:
+        one.step(cond)
+    two.load_state_dict(one.state_dict())
+    for cond in conds[4:]:
+        a, b = one.step(cond), two.step(cond)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    for role in ("aux", "student"):
+        pairs = zip(*(d.backbone.parameters_of(role) for d in (one, two)), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
+    with pytest.raises(ValueError, match="belongs to another network or config"):
+        small_distiller().load_state_dict(one.state_dict())
+
+
+def test_averaged_weights_follow_their_recurrence():
+    distiller = small_distiller(ema_decay=0.75)
+    expected = [p.detach().clone() for p in distiller.backbone.parameters_of("student")]
+    for _ in range(6):
+        role = distiller.next_role
+        distiller.step(torch.randn(3, 1))
+        if role == "student":
+            now = distiller.backbone.parameters_of("student")
+            expected = [torch.lerp(e, p.detach(), 0.25) for e, p in zip(expected, now, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(distiller.ema, expected, strict=True))
+    noise, cond = torch.randn(4, DIM), torch.randn(4, 1)
+    raw = distiller.generate(noise, cond, use_ema=False)
+    averaged = distiller.generate(noise, cond)
+    assert not torch.equal(raw, averaged)
+    assert torch.equal(raw, distiller.generate(noise, cond, use_ema=False))  # weights came back
+
+
+@pytest.mark.parametrize("role", ["aux", "student"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(role):
+    distiller = small_distiller()
+    parameters = distiller.backbone.parameters_of(role)
+    before = [p.detach().clone() for p in parameters]
+    getattr(distiller, f"{role}_step")(torch.full((2, 1), float("nan")))
+    assert distiller.skipped.item() == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    assert not distiller.optimizers[role].state_dict()["state"] or all(
+        state["step"].item() == 0 for state in distiller.optimizers[role].state.values()
+    )
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every operator that reads a device value back to the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.FORBIDDEN, f"host sync: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["mfd", "vsd"])
+def test_no_host_sync_in_a_step(objective, monkeypatch):
+    """Times are planned on the host from host random numbers; everything else must stay unread."""
+    distiller = small_distiller(objective=objective, ema_decay=0.9)
+    tables = [distiller.objective.draw(3, distiller.host_generator) for _ in range(3)]
+    monkeypatch.setattr(distiller.objective, "draw", lambda *_: tables.pop())
+    for _ in range(3):
+        distiller.step(torch.randn(3, 1))  # the optimizer makes its state
+    with NoSync():
+        for _ in range(6):
+            distiller.step(torch.randn(3, 1))
+
+
+def test_k_step_student_back_propagates_through_every_step():
+    distiller = small_distiller(student_steps=4)
+    seen = []
+    distiller.backbone.student.register_full_backward_hook(lambda *_: seen.append(1))
+    distiller.student_step(torch.randn(2, 1))
+    assert len(seen) == 4
+
+
+def test_user_owned_optimizers():
+    backbone = cond_backbone()
+    optimizers = {
+        role: torch.optim.SGD(backbone.parameters_of(role), lr=0.1) for role in ("aux", "student")
+    }
+    distiller = Distiller(backbone, DistillConfig(guidance=1.0, step_size=0.2), optimizers)
+    before = backbone.parameters_of("student")[0].detach().clone()
+    distiller.student_step(torch.randn(2, 1))
+    assert not torch.equal(before, backbone.parameters_of("student")[0])
+    with pytest.raises(ValueError, match="keys aux and student; got"):
+        Distiller(backbone, DistillConfig(), {"aux": optimizers["aux"]})
+
+
+class WrongShape(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, t, cond):
+        return self.weight * x[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda: Distiller(
+                CopiedBackbone(CondNetwork(), sample_shape=(DIM,)), DistillConfig(guidance=2.0)
+            ).student_step(torch.zeros(2, 1)),
+            "give the backbone null_cond",
+        ),
+        (
+            lambda: Distiller(
+                CopiedBackbone(WrongShape(), sample_shape=(DIM,)), DistillConfig()
+            ).aux_step(torch.zeros(2, 1)),
+            r"student network must return the shape of its input, \[2, 3\]; got \[2, 1\]",
+        ),
+        (
+            lambda: small_distiller().aux_step({"a": torch.zeros(2, 1), "b": torch.zeros(3)}),
+            "share their batch size",
+        ),
+        (lambda: small_distiller().aux_step("a prompt"), "pytree of tensors"),
+        (lambda: cond_backbone().parameters_of("judge"), "role must be one of"),
+    ],
+)
+def test_errors_say_how_to_mend_them(run, message):
+    with pytest.raises(ValueError, match=message):
+        run()
