@@ -1,8 +1,8 @@
 """The Backbone protocol: three roles behind one batched evaluation; and full copies of a network.
 
 A *lane* is one role seen by one sample: teacher with its condition, teacher without, auxiliary or
-student.  ``forward`` evaluates a batch of lanes ``[n, L, *S]``, sample-major, so that the samples still
-moving along their trajectories are a prefix.
+student.  ``forward`` evaluates a batch of lanes ``[n, L, *S]``, sample-major, so that the samples
+still moving along their trajectories are a prefix.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Prepared:
     _rows: dict[tuple[Lane, ...], Any] = field(default_factory=dict)
 
     def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
-        """Conditions of the first n samples, one row a lane, sample-major: ``[n * L, ...]`` leaves."""
+        """Conditions of the first n samples, a row per lane, sample-major: ``[n * L, ...]``."""
         if lanes not in self._rows:
             per_lane = [self.cond if lane.is_conditional else self._null() for lane in lanes]
             flat, spec = zip(*(tree_flatten(tree) for tree in per_lane), strict=True)
@@ -97,7 +97,7 @@ class Backbone(Protocol):
         ...
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
-        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]`` for the first n prepared samples."""
+        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]``: the first n samples."""
         ...
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
@@ -113,7 +113,8 @@ class CopiedBackbone(nn.Module):
         auxiliary, student: networks that start as the teacher; deep copies of it if None.
         sample_shape: shape of one sample, without the batch dimension.
         null_cond: cond -> the null condition of the same shapes; needed for guidance other than 1.
-        dtype: what x is cast to before it enters a network; that of the teacher's parameters if None.
+        dtype: what x is cast to before it enters a network; that of the teacher's parameters if
+            None.
     """
 
     def __init__(

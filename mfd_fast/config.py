@@ -1,4 +1,6 @@
-"""Every setting of a run, as frozen dataclasses: the fields are the YAML keys and the CLI overrides."""
+"""Every setting of a run, as frozen dataclasses: the fields are the YAML keys and the CLI
+overrides.
+"""
 
 import dataclasses
 import difflib
@@ -46,7 +48,9 @@ class DistillConfig:
     """Mean Flow Distillation itself.  Defaults: the paper's settings where it states them."""
 
     objective: Literal["mfd", "vsd"] = "mfd"
-    """Gradient of the student: mean velocities over [r, t] (mfd) or instantaneous ones at t (vsd)."""
+    """Gradient of the student: mean velocities over [r, t] (mfd) or instantaneous ones at t
+    (vsd).
+    """
     guidance: float = 4.5
     """Classifier-free guidance scale of the teacher; the auxiliary is never guided."""
     step_size: float = 0.02
@@ -54,7 +58,9 @@ class DistillConfig:
     solver: SolverName = "euler"
     """Solver of the mean velocities; the paper's is Euler."""
     grid: int = 0
-    """Round t, r and every step's end to multiples of 1/grid (official SANA script: 1000); 0: off."""
+    """Round t, r and every step's end to multiples of 1/grid (official SANA script: 1000); 0:
+    off.
+    """
     time_distribution: Distribution = "logit_normal"
     """Distribution of the two times whose larger one is t and smaller one r."""
     time_mean: float = 0.0
@@ -161,10 +167,12 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The configuration a preset starts from; ``ValueError`` lists the presets and the nearest one."""
+    """The configuration a preset starts from; ``ValueError`` lists the presets and the nearest
+    one.
+    """
     if name not in PRESETS:
         raise ValueError(
-            f"unknown preset {name!r}; there is {sorted(PRESETS)}{_nearest(name, PRESETS)}"
+            f"unknown preset {name!r}; there is {sorted(PRESETS)}{nearest(name, PRESETS)}"
         )
     return PRESETS[name]
 
@@ -182,7 +190,9 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read a config written by :func:`save_config`; unknown keys and wrong types are ``ValueError``."""
+    """Read a config written by :func:`save_config`; unknown keys and wrong types are
+    ``ValueError``.
+    """
     import yaml
 
     tree = yaml.safe_load(path.read_text())
@@ -199,7 +209,7 @@ def from_dict(cls: type, tree: dict, path: str = "") -> Any:
             section = path.rstrip(".") or "top level"
             raise ValueError(
                 f"unknown config key {path + str(name)!r}; {section} has {sorted(known)}"
-                f"{_nearest(str(name), known)}"
+                f"{nearest(str(name), known)}"
             )
     hints = get_type_hints(cls)
     values = {}
@@ -227,6 +237,7 @@ def _check(hint: Any, value: Any, key: str) -> Any:
     return value
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
+    """`"; did you mean ..."` if one of the known words is close to ``name``, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,6 @@
-"""The distillation step.  Reads like the algorithm in the paper; nothing here waits for the device."""
+"""The distillation step.  Reads like the algorithm in the paper; nothing here waits for the
+device.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -24,9 +26,11 @@ class Distiller:
     Args:
         backbone: teacher, auxiliary and student (``CopiedBackbone`` or your own ``Backbone``).
         config: the method's settings.
-        optimizers: ``{"aux": ..., "student": ...}`` if you own them; fused AdamW from the config if None.
+        optimizers: ``{"aux": ..., "student": ...}`` if you own them; fused AdamW from the config if
+            None.
 
-    ``cond`` is a pytree whose leaves are ``[B, ...]``; its batch size is the batch size of the update.
+    ``cond`` is a pytree whose leaves are ``[B, ...]``; its batch size is the batch size of the
+    update.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class Distiller:
         return metrics | {"skipped": self.skipped.clone()}
 
     def step(self, cond: Any) -> dict[str, Tensor]:
-        """The next update of the cycle: ``aux_updates`` of the auxiliary, then ``student_updates``."""
+        """The next update of the cycle: ``aux_updates`` of the auxiliary, then
+        ``student_updates``.
+        """
         return self.student_step(cond) if self.next_role == "student" else self.aux_step(cond)
 
     @property

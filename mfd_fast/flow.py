@@ -17,8 +17,9 @@ MAX_REDRAWS = 10_000
 class Schedule(NamedTuple):
     """A fixed trajectory of K solver steps.
 
-    ``nodes`` are the K + 1 times that the state visits, descending; ``times`` the K times shown to the
-    network (they differ from ``nodes[:-1]`` when a checkpoint's scheduler rounds its timesteps).
+    ``nodes`` are the K + 1 times that the state visits, descending; ``times`` the K times shown to
+    the network (they differ from ``nodes[:-1]`` when a checkpoint's scheduler rounds its
+    timesteps).
     """
 
     nodes: tuple[float, ...]
@@ -31,7 +32,9 @@ def uniform_schedule(steps: int) -> Schedule:
 
 
 def shifted_schedule(steps: int, *, shift: float) -> Schedule:
-    """K steps from 1 to 0, uniform in u, at t = s u / (1 + (s - 1) u): s > 1 spends more near noise."""
+    """K steps from 1 to 0, uniform in u, at t = s u / (1 + (s - 1) u): s > 1 spends more near
+    noise.
+    """
     if steps < 1 or shift <= 0:
         raise ValueError(f"a schedule needs steps >= 1 and shift > 0; got {steps} and {shift}")
     uniform = [1.0 - k / steps for k in range(steps + 1)]
@@ -122,8 +125,8 @@ def sample_time_pairs(
         t, r = torch.where(short, t_new, t), torch.where(short, r_new, r)
     else:
         raise ValueError(
-            f"min_interval={min_interval} was not reached in {MAX_REDRAWS} redraws of {distribution} "
-            f"(mean {mean}, std {std}); lower min_interval or widen the distribution"
+            f"min_interval={min_interval} was not reached in {MAX_REDRAWS} redraws of "
+            f"{distribution} (mean {mean}, std {std}); lower min_interval or widen the distribution"
         )
     if max_interval is not None:
         r = torch.maximum(r, t - max_interval)

@@ -1,12 +1,13 @@
 """The one solver loop of the project, and what is built on it: mean velocities and sampling.
 
-    mean velocity   u(x_t; t -> r) = (x_t - Phi(x_t; t -> r)) / (t - r)       (definition of the AVF)
+    mean velocity   u(x_t; t -> r) = (x_t - Phi(x_t; t -> r)) / (t - r)    (the paper's AVF)
 
-Samples are sorted by their number of steps, so the ones still moving are always a prefix and the batch
-shrinks as they arrive: the cost is the sum of N over the samples, not batch x max N.
+Samples are sorted by their number of steps, so the ones still moving are always a prefix and the
+batch shrinks as they arrive: the cost is the sum of N over the samples, not batch x max N.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -34,8 +35,8 @@ def integrate(
     """Move the trajectories of every sample along the table and return where they end.
 
     Args:
-        velocity: (lanes ``[n, L, *S]`` in ``dtype``, t ``[n]``) -> velocities ``[n, L, *S]``; n <= B is
-            the prefix of samples still moving (n = B always if ``compact`` is False).
+        velocity: (lanes ``[n, L, *S]`` in ``dtype``, t ``[n]``) -> velocities ``[n, L, *S]``; n <=
+            B is the prefix of samples still moving (n = B always if ``compact`` is False).
         x: states ``[B, S, *S]`` float32, in the order of the table; not modified.
         guidance: guidance scale of trajectory 0 when ``num_lanes`` is S + 1.
         num_lanes: L; S if None.
@@ -48,22 +49,57 @@ def integrate(
     num_lanes = x.shape[1] if num_lanes is None else num_lanes
     if torch.is_grad_enabled():
         return _integrate_with_grad(velocity, x, table, guidance, dtype or x.dtype)
-    x = x.clone(memory_format=torch.contiguous_format)
-    history = torch.zeros_like(x) if table.has_history else None
-    first = x if num_lanes == x.shape[1] else torch.cat([x[:, :1], x], dim=1)
-    x_in = first.to(dtype or x.dtype, copy=True)
+    moving = Trajectories.like(x, num_lanes, dtype or x.dtype, has_history=table.has_history)
+    moving.start(x)
     for k, active in enumerate(table.active):
         n = active if compact else x.shape[0]
-        v = velocity(x_in[:n], table.times[k, :n])
-        ode_step_(
-            x[:n],
-            v.contiguous(),
-            None if history is None else history[:n],
-            table.coef[k, :n],
-            guidance=guidance,
-            x_in=x_in[:n],
-        )
-    return x
+        moving.step(velocity, n, table.times[k, :n], table.coef[k, :n], guidance)
+    return moving.x
+
+
+@dataclass
+class Trajectories:
+    """The buffers of a batch of trajectories, updated in place: they keep their addresses.
+
+    x: states ``[B, S, *S]`` float32; x_in: next model inputs ``[B, L, *S]`` in the model's dtype;
+    history: what a multistep solver remembers, like x, or None.
+    """
+
+    x: Tensor
+    x_in: Tensor
+    history: Tensor | None
+
+    @classmethod
+    def like(
+        cls, x: Tensor, num_lanes: int, dtype: torch.dtype, *, has_history: bool
+    ) -> "Trajectories":
+        """Uninitialised buffers for states like x ``[B, S, *S]`` seen by ``num_lanes`` lanes."""
+        states = torch.empty_like(x, memory_format=torch.contiguous_format)
+        lanes = x.new_empty(x.shape[0], num_lanes, *x.shape[2:], dtype=dtype)
+        return cls(states, lanes, torch.empty_like(states) if has_history else None)
+
+    def start(self, x: Tensor) -> None:
+        """Put every trajectory at x ``[B, S, *S]``; a guided first one fills two lanes."""
+        self.x.copy_(x)
+        guided_lanes = self.x_in.shape[1] - x.shape[1]
+        self.x_in[:, guided_lanes:].copy_(x)
+        if guided_lanes:
+            self.x_in[:, :1].copy_(x[:, :1])
+        if self.history is not None:
+            self.history.zero_()
+
+    def step(
+        self,
+        velocity: Callable[[Tensor, Tensor], Tensor],
+        n: int,
+        times: Tensor,
+        coef: Tensor,
+        guidance: float,
+    ) -> None:
+        """One evaluation and one solver step of the first n samples; times [n], coef [n, 5]."""
+        v = velocity(self.x_in[:n], times)
+        history = None if self.history is None else self.history[:n]
+        ode_step_(self.x[:n], v.contiguous(), history, coef, guidance=guidance, x_in=self.x_in[:n])
 
 
 def _integrate_with_grad(velocity, x, table, guidance, dtype) -> Tensor:
@@ -86,20 +122,22 @@ def mean_velocity(
     grid: int | None = None,
     cond: Any = None,
 ) -> Tensor:
-    """Average of ``velocity`` along its own ODE from t down to r, started at x (definition of the AVF).
+    """Average of ``velocity`` along its own ODE from t down to r, started at x (the paper's AVF).
 
     Args:
         velocity: (x ``[B, *S]``, t ``[B]``) -> ``[B, *S]``; with ``cond`` it is called as
             velocity(x, t, cond).
         x: states at time t, ``[B, *S]`` float32 or float64.
-        t, r: ``[B]`` float32, 0 <= r <= t <= 1; keep them on the CPU to avoid waiting for the device.
+        t, r: ``[B]`` float32, 0 <= r <= t <= 1; keep them on the CPU to avoid waiting for the
+            device.
         step_size: sample i takes N_i = ceil((t_i - r_i) / step_size) steps; t_i == r_i gives
             velocity(x, t).
         solver: ``"euler"`` (the paper), ``"heun"``, ``"ab2"`` or ``"dpmpp_2m"``.
         grid: round t, r and every step's end to multiples of 1/grid.
-        cond: a pytree whose leaves have a leading batch dimension.  With it, samples that have arrived
-            leave the batch (velocity sees the rows still moving, reordered); without it, velocity
-            always sees all B rows in their order, because it may close over something per sample.
+        cond: a pytree whose leaves have a leading batch dimension.  With it, samples that have
+            arrived leave the batch (velocity sees the rows still moving, reordered); without it,
+            velocity always sees all B rows in their order, because it may close over something per
+            sample.
 
     Returns:
         u ``[B, *S]``; no gradient flows through it.  ``ValueError`` names what is out of range.
@@ -119,12 +157,7 @@ def mean_velocity(
 
     def lane_velocity(x_in, time):
         rows = (tree_map(lambda leaf: leaf[: len(time)], cond),) if compact else ()
-        v = velocity(x_in[:, 0], time, *rows)
-        if v.shape != x_in[:, 0].shape:
-            raise ValueError(
-                f"velocity must return the shape of x, {list(x_in[:, 0].shape)}; got {list(v.shape)}"
-            )
-        return v[:, None]
+        return _checked(velocity(x_in[:, 0], time, *rows), x_in[:, 0])[:, None]
 
     with torch.no_grad():
         end = integrate(lane_velocity, start[:, None], table, compact=compact)[:, 0]
@@ -134,6 +167,14 @@ def mean_velocity(
         )
         u = (weight * start - end) / span
         return u if order is None else torch.empty_like(u).index_copy_(0, order.to(x.device), u)
+
+
+def _checked(v: Tensor, x: Tensor) -> Tensor:
+    if v.shape != x.shape:
+        raise ValueError(
+            f"velocity must return the shape of x, {list(x.shape)}; got {list(v.shape)}"
+        )
+    return v
 
 
 def _unsorted(table: SolverTable) -> SolverTable:
@@ -153,7 +194,7 @@ def _unsorted(table: SolverTable) -> SolverTable:
 
 
 def guided(velocity_cond: Velocity, velocity_uncond: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance ``v_u + scale (v_c - v_u)`` as a velocity; scale 1 is velocity_cond."""
+    """Classifier-free guidance ``v_u + scale (v_c - v_u)``; scale 1 is velocity_cond itself."""
     if scale == 1.0:
         return velocity_cond
 
@@ -181,8 +222,8 @@ def generate(
             steps if None.
 
     Returns:
-        x_0 ``[B, *S]``.  One Euler step is ``noise - velocity(noise, 1)``.  Gradients flow through all
-        steps when they are enabled.
+        x_0 ``[B, *S]``.  One Euler step is ``noise - velocity(noise, 1)``.  Gradients flow through
+        all steps when they are enabled.
     """
     schedule = uniform_schedule(steps) if schedule is None else schedule
     if len(schedule.times) != steps:
@@ -190,7 +231,7 @@ def generate(
     table = _scheduled_on(noise.device, schedule, noise.shape[0], solver)
 
     def lane_velocity(x_in, time):
-        return student_velocity(x_in[:, 0], time)[:, None]
+        return _checked(student_velocity(x_in[:, 0], time), x_in[:, 0])[:, None]
 
     return integrate(lane_velocity, noise[:, None], table)[:, 0]
 

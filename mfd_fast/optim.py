@@ -40,8 +40,9 @@ def clip_and_step(optimizer: Optimizer, *, clip_norm: float) -> tuple[Tensor, Te
 
     Returns:
         The norm before clipping ``[]`` and 1.0 if the update was skipped else 0.0 ``[]``.
-        A fused optimizer skips exactly (``found_inf``: no weight, moment or step count changes); any
-        other one sees zero gradients instead, so its moments decay and its weight decay applies.
+        A fused optimizer skips exactly (``found_inf``: no weight, moment or step count changes);
+        any other one sees zero gradients instead, so its moments decay and its weight decay
+        applies.
     """
     grads = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None

@@ -20,7 +20,9 @@ CONFIG, METRICS, STUDENT, RESULTS = (
 
 
 class RunFolder:
-    """Paths and writers of one run; use :meth:`create` for a new one and :meth:`open` for an old one."""
+    """Paths and writers of one run; use :meth:`create` for a new one and :meth:`open` for an old
+    one.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,8 +41,8 @@ class RunFolder:
             save_config(config, path / CONFIG)
         except OSError as error:
             raise ValueError(
-                f"cannot write to the run folder {path}: {error.strerror}; choose a writable folder with "
-                "--out"
+                f"cannot write to the run folder {path}: {error.strerror}; choose a "
+                "writable folder with --out"
             ) from None
         return cls(path)
 

@@ -9,8 +9,8 @@ Every solver here is linear in what it has seen.  Evaluation k of a trajectory d
 so one fused operator (``ops.ode_step_``) runs them all.  h is the last velocity for Euler, Heun and
 AB2 (p = 0, q = 1) and the last data prediction x - sigma v for DPM-Solver++ 2M (p = 1, q = -sigma).
 
-``plan`` makes the table for a batch of intervals [r, t] on the host, where the number of steps has to
-be known; nothing of it is read back later.
+``plan`` makes the table for a batch of intervals [r, t] on the host, where the number of steps has
+to be known; nothing of it is read back later.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class SolverTable:
     active: for each evaluation, how many samples (a prefix) are still moving.
     order: ``[B]`` int64, table row -> sample; None if the samples came in this order already.
     span: ``[B]`` float32, t - r, and 1 where t == r.
-    start_weight: ``[B]`` float32: u = (start_weight * x_t - end) / span; 0 where t == r, because such a
-        row returns end = -velocity(x, t) exactly.
+    start_weight: ``[B]`` float32: u = (start_weight * x_t - end) / span; 0 where t == r, because
+        such a row returns end = -velocity(x, t) exactly.
     has_history: whether c is ever non-zero.
     """
 
@@ -102,8 +102,8 @@ def _dpmpp_2m(nodes: np.ndarray) -> Rows:
     """DPM-Solver++ 2M (Lu et al. 2022, midpoint) for flow: sigma = t, alpha = 1 - t.
 
     D = x - sigma v;  x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) D_bar, where
-    D_bar = D + (D - D_prev) h / (2 h_prev) and h is the step in log(alpha/sigma); first order at the
-    first step and into sigma = 0, where h is infinite.
+    D_bar = D + (D - D_prev) h / (2 h_prev) and h is the step in log(alpha/sigma); first order at
+    the first step and into sigma = 0, where h is infinite.
     """
     sigma, sigma_next = nodes[:-1], nodes[1:]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -138,7 +138,9 @@ def check_solver(name: str) -> None:
 
 
 def num_steps(t: Tensor, r: Tensor, *, step_size: float, grid: int | None = None) -> np.ndarray:
-    """N = ceil((t - r) / step_size) per sample, ``[B]`` int64; 0 where t == r; at most one per grid cell."""
+    """N = ceil((t - r) / step_size) per sample, ``[B]`` int64; 0 where t == r; at most one per grid
+    cell.
+    """
     span = t.double().numpy() - r.double().numpy()
     steps = np.ceil((span - TIME_ULP) / step_size).clip(min=1)
     if grid is not None:
@@ -154,10 +156,11 @@ def plan(
     Args:
         t, r: interval ends, ``[B]`` float32 on the CPU, 0 <= r <= t <= 1.
         step_size: largest step h, > 0.
-        grid: round t, r and the end of every step to multiples of 1/grid (the official SANA code: 1000).
+        grid: round t, r and the end of every step to multiples of 1/grid (the official SANA code:
+            1000).
 
-    A sample with t == r gets one evaluation that returns ``end = -velocity(x, t)``.  ``ValueError`` if
-    a time or the step is out of range.  Source: Eq. 15-17.
+    A sample with t == r gets one evaluation that returns ``end = -velocity(x, t)``.  ``ValueError``
+    if a time or the step is out of range.  Source: Eq. 15-17.
     """
     check_solver(solver)
     _check_interval(t, r, step_size)
@@ -191,7 +194,9 @@ def plan(
 
 
 def _nodes(t: np.ndarray, r: np.ndarray, steps: np.ndarray, grid: int | None) -> np.ndarray:
-    """``[N_max + 1, B]``: the times a sample visits, equal steps, r repeated once it has arrived."""
+    """``[N_max + 1, B]``: the times a sample visits, equal steps, r repeated once it has
+    arrived.
+    """
     k = np.arange(max(int(steps.max()), 1) + 1)[:, None]
     fraction = np.minimum(k / np.maximum(steps, 1), 1.0)
     nodes = t - fraction * (t - r)

@@ -1,7 +1,7 @@
 """The training loop: cycles of updates, metrics read back every few of them, callbacks.
 
-Knows no concrete model and no file: what a run trains comes in as a Distiller, what it leaves behind is
-written by callbacks.
+Knows no concrete model and no file: what a run trains comes in as a Distiller, what it leaves
+behind is written by callbacks.
 """
 
 import time
@@ -26,7 +26,8 @@ def train(
 
     Args:
         next_cond: returns the condition of the next update, leaves ``[B, ...]``.
-        callbacks: each is called with the row of metrics every ``config.log_every`` student updates.
+        callbacks: each is called with the row of metrics every ``config.log_every`` student
+            updates.
 
     Returns:
         The rows: ``update`` (student updates so far), the metrics of both roles as floats, and

@@ -1,7 +1,7 @@
 """The closed form that tests hold on to: the flow of Gaussian data N(mean, std^2 I).
 
-The exact flow keeps (x - (1-t) m) / sqrt((1-t)^2 s^2 + t^2) constant; its velocity is the derivative
-of that, written so that it is finite at t = 0 too.
+The exact flow keeps (x - (1-t) m) / sqrt((1-t)^2 s^2 + t^2) constant; its velocity is the
+derivative of that, written so that it is finite at t = 0 too.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ class GaussianFlow:
 
 
 class GaussianNetwork(torch.nn.Module):
-    """A network whose velocity is that of N(mean, std^2 I), mean and log std learnable per dimension."""
+    """A network whose velocity is that of N(mean, std^2 I), mean and log std learnable per
+    dimension.
+    """
 
     def __init__(self, mean: float = 0.3, std: float = 0.5, dim: int = 3):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gaussian import GaussianNetwork
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfd_fast import (
@@ -9,12 +10,13 @@ from mfd_fast import (
     DistillConfig,
     Distiller,
     OptimConfig,
+    guided,
     interpolate,
     mean_velocity,
+    mfd_loss,
 )
-from mfd_fast import guided, mfd_loss
 from mfd_fast.objectives import make_objective
-from gaussian import GaussianNetwork
+
 from numerics import assert_as_accurate
 
 DIM = 3
@@ -99,7 +101,9 @@ def test_student_gradients_equal_separate_evaluation(guidance, batch, objective)
 
 
 def test_fixed_point_is_exactly_zero():
-    """v_A == v_T and w = 1: both trajectories see the same numbers, so the gradient is exactly 0."""
+    """v_A == v_T and w = 1: both trajectories see the same numbers, so the gradient is exactly
+    0.
+    """
     network = CondNetwork()
     backbone = CopiedBackbone(network, sample_shape=(DIM,))
     distiller = Distiller(backbone, DistillConfig(guidance=1.0, student_optim=OptimConfig(lr=1.0)))
@@ -112,7 +116,9 @@ def test_fixed_point_is_exactly_zero():
 
 
 class AffineGenerator(torch.nn.Module):
-    """A student whose one step gives shift + scale z (the flow of a Gaussian gives only its mean)."""
+    """A student whose one step gives shift + scale z (the flow of a Gaussian gives only its
+    mean).
+    """
 
     def __init__(self):
         super().__init__()

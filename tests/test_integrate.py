@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from gaussian import GaussianFlow
 
 from mfd_fast import generate, guided, mean_velocity
 from mfd_fast.solvers import SOLVERS, plan
-from gaussian import GaussianFlow
+
 from numerics import assert_as_accurate
 
 FLOW = GaussianFlow()

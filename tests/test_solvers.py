@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from gaussian import GaussianFlow
 
 from mfd_fast import dpm_flow_schedule, generate, mean_velocity
 from mfd_fast.solvers import SOLVERS, num_steps, plan, scheduled
-from gaussian import GaussianFlow
 
 ORDER = {"euler": 1, "heun": 2, "ab2": 2, "dpmpp_2m": 2}
 # A wide interval inside (0, 1), an end at noise, an end at data.
@@ -106,7 +106,9 @@ def test_bad_plans_are_named(t, r, kwargs, message):
 
 @pytest.mark.parametrize("steps", [*range(1, 9), 20])
 def test_dpmpp_2m_equals_the_diffusers_scheduler(steps):
-    """K-step sampling of SANA: the same states as diffusers, to float32 rounding of its own tables."""
+    """K-step sampling of SANA: the same states as diffusers, to float32 rounding of its own
+    tables.
+    """
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++",
@@ -130,8 +132,8 @@ def test_dpmpp_2m_equals_the_diffusers_scheduler(steps):
     theirs_off = (x.double() - exact).abs().max().item()
     ours_off = (ours.double() - exact).abs().max().item()
     eps = torch.finfo(torch.float32).eps
-    # diffusers' own float32 tables are the yardstick: it may not be farther from our float64 run than
-    # rounding its log-SNRs allows, and we may not be farther than it.
+    # diffusers' own float32 tables are the yardstick: it may not be farther from our float64 run
+    # than rounding its log-SNRs allows, and we may not be farther than it.
     assert theirs_off <= 64 * steps * eps * exact.abs().max().item()
     assert ours_off <= 2 * theirs_off + eps * exact.abs().max().item()
 

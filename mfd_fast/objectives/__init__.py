@@ -1,4 +1,6 @@
-"""What moves the student.  One file per objective, one interface, chosen by ``distill.objective``."""
+"""What moves the student.  One file per objective, one interface, chosen by
+``distill.objective``.
+"""
 
 from mfd_fast.config import DistillConfig
 from mfd_fast.objectives.base import Objective

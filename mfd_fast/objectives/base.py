@@ -1,4 +1,4 @@
-"""The interface of an objective, and the one way teacher and auxiliary are compared."""
+"""The interface of an objective, and the family that compares trajectories over [r, t]."""
 
 from typing import Protocol
 
@@ -6,54 +6,75 @@ import torch
 from torch import Generator, Tensor
 
 from mfd_fast.backbone import Backbone, Prepared, trajectory_lanes
+from mfd_fast.config import DistillConfig
 from mfd_fast.integrate import integrate
 from mfd_fast.ops import interpolate, mfd_loss_from_ends
 from mfd_fast.solvers import SolverTable
+
+Metrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
     """Turns the student's samples into a loss whose gradient moves them."""
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
-        """The intervals [r, t] of one update and how they are integrated; host random numbers only."""
+        """The times of one update; host random numbers only."""
         ...
 
     def student_loss(
         self, backbone: Backbone, prepared: Prepared, x0: Tensor, noise: Tensor, table: SolverTable
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Metrics]:
         """Loss ``[]`` (differentiable in x0 ``[B, *S]``) and metrics, all on the device."""
         ...
 
 
-def match_mean_velocities(
-    backbone: Backbone,
-    prepared: Prepared,
-    x0: Tensor,
-    noise: Tensor,
-    table: SolverTable,
-    *,
-    guidance: float,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise x0 to t, integrate guided teacher and auxiliary to r together, compare their ends.
+class IntervalObjective:
+    """Noise the sample to t, follow guided teacher and auxiliary to r, compare where they end.
 
-    Args:
-        x0, noise: ``[B, *S]`` float32; the gradient flows to x0 through x_t only (Eq. 15-20: the
-            Jacobians of the two ODE solves are omitted).
-        table: one row per sample, sorted (``solvers.plan``).
-        weight: per-sample factor of the gradient, ``[B]``, or None.
+        d loss / d x_t = weight (u_T - u_A) / numel      (Eq. 15-20; stop-gradient at both)
+
+    A subclass draws the intervals and may weight the samples.  The three phases are separate so
+    that each can be one CUDA graph (``captured.py``); ``student_loss`` is their composition.
     """
-    t = table.times[0]
-    x_t = interpolate(x0, noise, t)
-    lanes = trajectory_lanes(guidance)
-    with torch.no_grad():
-        ends = integrate(
-            lambda x, time: backbone.forward(x, time, prepared, lanes),
-            torch.stack([x_t, x_t], dim=1),
-            table,
-            guidance=guidance,
-            num_lanes=len(lanes),
-            dtype=backbone.dtype,
-        )
-    loss, distance, _ = mfd_loss_from_ends(x_t, ends[:, 0], ends[:, 1], table.span, weight)
-    return loss, {"student_loss": loss.detach(), "distance": distance.detach().mean()}
+
+    def __init__(self, config: DistillConfig):
+        self.config = config
+        self.lanes = trajectory_lanes(config.guidance)
+
+    def draw(self, batch: int, generator: Generator) -> SolverTable:
+        raise AssertionError("a subclass of IntervalObjective draws its own intervals")
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Per-sample factor of the gradient, from t ``[B]``; None for 1."""
+        return None
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t ``[B, *S]``; the gradient flows to x0."""
+        return interpolate(x0, noise, t)
+
+    def velocity(self, backbone: Backbone, prepared: Prepared, x: Tensor, t: Tensor) -> Tensor:
+        """Velocities of all lanes ``[n, L, *S]`` in one evaluation."""
+        return backbone.forward(x, t, prepared, self.lanes)
+
+    def starts(self, x_t: Tensor) -> Tensor:
+        """Both trajectories, teacher and auxiliary, start at the same x_t: ``[B, 2, *S]``."""
+        return x_t.detach()[:, None].expand(-1, 2, *x_t.shape[1:])
+
+    def loss(self, x_t: Tensor, ends: Tensor, t: Tensor, span: Tensor) -> tuple[Tensor, Metrics]:
+        """Compare the ends ``[B, 2, *S]``; differentiable in x_t."""
+        loss, distance, _ = mfd_loss_from_ends(x_t, ends[:, 0], ends[:, 1], span, self.weight(t))
+        return loss, {"student_loss": loss.detach(), "distance": distance.detach().mean()}
+
+    def student_loss(self, backbone, prepared, x0, noise, table) -> tuple[Tensor, Metrics]:
+        t = table.times[0]
+        x_t = self.noised(x0, noise, t)
+        with torch.no_grad():
+            ends = integrate(
+                lambda x, time: self.velocity(backbone, prepared, x, time),
+                self.starts(x_t),
+                table,
+                guidance=self.config.guidance,
+                num_lanes=len(self.lanes),
+                dtype=backbone.dtype,
+            )
+        return self.loss(x_t, ends, t, table.span)

@@ -5,15 +5,13 @@ d loss / d x_t = (u_T - u_A) / numel,   u = (x_t - Phi(x_t; t -> r)) / (t - r)
 
 from torch import Generator
 
-from mfd_fast.config import DistillConfig
 from mfd_fast.flow import sample_time_pairs
-from mfd_fast.objectives.base import match_mean_velocities
+from mfd_fast.objectives.base import IntervalObjective
 from mfd_fast.solvers import SolverTable, plan
 
 
-class MeanFlowDistillation:
-    def __init__(self, config: DistillConfig):
-        self.config = config
+class MeanFlowDistillation(IntervalObjective):
+    """Pairs (t, r) of two independent draws; every sample has its own number of steps."""
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
         """Pairs are independent of the samples, so they are sorted, never the samples."""
@@ -32,8 +30,3 @@ class MeanFlowDistillation:
             t, r, step_size=config.step_size, solver=config.solver, grid=config.grid or None
         )
         return table.assigned_in_order()
-
-    def student_loss(self, backbone, prepared, x0, noise, table):
-        return match_mean_velocities(
-            backbone, prepared, x0, noise, table, guidance=self.config.guidance
-        )

@@ -6,17 +6,15 @@ w = 1 is the velocity form the MFD paper compares with; ``score_weighting`` take
 score difference of the KL form.  It is MFD at r = t.
 """
 
-from torch import Generator
+from torch import Generator, Tensor
 
-from mfd_fast.config import DistillConfig
 from mfd_fast.flow import sample_times
-from mfd_fast.objectives.base import match_mean_velocities
+from mfd_fast.objectives.base import IntervalObjective
 from mfd_fast.solvers import SolverTable, plan
 
 
-class VariationalScoreDistillation:
-    def __init__(self, config: DistillConfig):
-        self.config = config
+class VariationalScoreDistillation(IntervalObjective):
+    """Intervals of no length: one evaluation per lane."""
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
         config = self.config
@@ -29,9 +27,5 @@ class VariationalScoreDistillation:
         )
         return plan(t, t, step_size=config.step_size, grid=config.grid or None)
 
-    def student_loss(self, backbone, prepared, x0, noise, table):
-        t = table.times[0]
-        weight = (1 - t) / t if self.config.score_weighting else None
-        return match_mean_velocities(
-            backbone, prepared, x0, noise, table, guidance=self.config.guidance, weight=weight
-        )
+    def weight(self, t: Tensor) -> Tensor | None:
+        return (1 - t) / t if self.config.score_weighting else None

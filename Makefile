@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv.  TORCH pins the build that is tested.
+TORCH ?= 2.13.0
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.PHONY: demo test lint cuda-build gpu-check clean
+
+demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the result
+	$(BIN)/mfd-fast distill digits
+
+test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+cuda-build:  ## build _C with CUDA in a second environment and import it without a GPU
+	bash scripts/cuda_build.sh
+
+gpu-check:  ## on a machine with an NVIDIA GPU: build, gpu tests, sanitizers, benchmarks
+	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out)
+
+$(STAMP)-torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip setuptools cmake ninja
+	$(BIN)/pip install -q torch==$(TORCH)
+	touch $@
+
+# The extension is rebuilt when its sources change; the Python files are used in place (editable).
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+$(STAMP)-demo: $(STAMP)-torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[digits]'
+	touch $@
+
+$(STAMP)-test: $(STAMP)-torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,dev]'
+	touch $@ $(STAMP)-demo
+
+clean:
+	rm -rf build .venv *.egg-info mfd_fast/*.so

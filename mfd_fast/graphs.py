@@ -1,0 +1,241 @@
+"""Running a phase of the step as a graph: captured once, replayed without Python.
+
+    CapturedStep    static inputs, warm-up on a side stream, capture, replay
+    CudaGraph       torch.cuda.CUDAGraph behind the two calls that CapturedStep needs
+    RecordedGraph   the same for CPU tensors: records the operators and runs them again on the same
+                    memory, so that capture logic is testable without a GPU
+    check_capture_safe    fails on operators that cannot be captured and on steps that differ
+
+What may be captured: no host reads, no data-dependent Python, times and learning rates in device
+tensors, random numbers from a registered generator, non-finite steps skipped by ``found_inf``.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
+
+WARMUP_CALLS = 3  # lazily made state (optimizer moments, library workspaces) exists after these
+
+# Operators that read a device value on the host or whose result has a data-dependent shape.
+FORBIDDEN = {
+    "_local_scalar_dense": ".item(), .tolist(), float(tensor) or `if tensor:`",
+    "nonzero": "nonzero or boolean-mask indexing",
+    "masked_select": "masked_select",
+    "unique_dim": "unique",
+    "_unique2": "unique",
+    "equal": "torch.equal",
+    "lift_fresh": "torch.tensor(python value)",
+    "repeat_interleave": "repeat_interleave with a tensor of repeats",
+}
+
+
+class Graph(Protocol):
+    """A sequence of device work that can run again on the same memory."""
+
+    runs_while_capturing: bool
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Record what ``function`` does and return what it returned."""
+        ...
+
+    def replay(self) -> None:
+        """Do it again; results appear in the tensors that ``capture`` returned."""
+        ...
+
+
+class CudaGraph:
+    """``torch.cuda.CUDAGraph`` with the generators whose state advances on every replay.
+
+    Args:
+        generators: CUDA generators used inside.
+        pool: graphs that never run at the same time may share one memory pool; a private one if
+            None.
+    """
+
+    runs_while_capturing = False
+
+    def __init__(self, generators: Sequence[Generator] = (), pool: Any = None):
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "capturing a step needs an NVIDIA GPU; on the CPU use Distiller, or "
+                "graph=RecordedGraph to test capture logic"
+            )
+        self.graph = torch.cuda.CUDAGraph()
+        self.pool = pool
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        with torch.cuda.graph(self.graph, pool=self.pool):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class RecordedGraph(TorchDispatchMode):
+    """Records operators on CPU tensors and runs them again into the same tensors.
+
+    Stands in for a CUDA graph: Python does not run at replay, inputs are read where they were at
+    capture, and results appear where they appeared at capture.  It keeps every intermediate alive,
+    so it shows stale Python values and wrong static buffers, not the reuse of freed memory.
+    """
+
+    runs_while_capturing = True
+
+    def __init__(self, generators: Sequence[Generator] = (), pool: Any = None):
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        with self:
+            return function()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        _refuse_forbidden(func, args)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, recorded in self.calls:
+                out = func(*args, **kwargs)
+                for old, new in zip(tree_iter(recorded), tree_iter(out), strict=True):
+                    if isinstance(old, Tensor) and old is not new:
+                        old.copy_(new)
+
+
+class CapturedStep:
+    """A function of tensors that runs as a graph after a few warm-up calls.
+
+    Args:
+        function: takes and returns pytrees of tensors; everything it does must be capturable.
+        graph: makes the graph: ``CudaGraph`` or, to test without a GPU, ``RecordedGraph``.
+
+    Inputs are copied into static buffers; the returned tensors are static too: the next call
+    overwrites them.  The warm-up calls run ``function`` itself (on a side stream on a GPU): they
+    are ordinary steps, not thrown away.  ``ValueError`` if an input's shape, dtype or device
+    changes.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, graph: Callable[[], Graph]):
+        self.function = function
+        self.make_graph = graph
+        self.graph: Graph | None = None
+        self.calls = 0
+        self._inputs: list[Tensor] | None = None
+        self._spec: Any = None
+        self._outputs: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, spec = tree_flatten(args)
+        if self._inputs is None:
+            self._inputs, self._spec = [leaf.clone() for leaf in leaves], spec
+        self._check(leaves, spec)
+        for static, leaf in zip(self._inputs, leaves, strict=True):
+            static.copy_(leaf, non_blocking=True)
+        self.calls += 1
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.calls <= WARMUP_CALLS:
+            self._outputs = self._warm_up()
+        else:
+            self.graph = self.make_graph()
+            self._outputs = self.graph.capture(self._run)
+            if not self.graph.runs_while_capturing:
+                self.graph.replay()
+        return self._outputs
+
+    def _run(self) -> Any:
+        return self.function(*tree_unflatten(self._inputs, self._spec))
+
+    def _warm_up(self) -> Any:
+        with on_side_stream():
+            return self._run()
+
+    def _check(self, leaves: list[Tensor], spec: Any) -> None:
+        def facts(tensors):
+            return [(list(x.shape), x.dtype, x.device) for x in tensors]
+
+        if spec != self._spec or facts(leaves) != facts(self._inputs):
+            raise ValueError(
+                f"a captured step takes the shapes it was made with, {facts(self._inputs)}; got "
+                f"{facts(leaves)}. Keep the batch size fixed (drop the last partial batch) or make "
+                "a new step"
+            )
+
+
+class on_side_stream:  # noqa: N801  (reads as a with-statement)
+    """Run the block on another CUDA stream and join it; nothing to do without a GPU."""
+
+    def __enter__(self):
+        self.context = nullcontext()
+        if torch.cuda.is_available():
+            self.side = torch.cuda.Stream()
+            self.side.wait_stream(torch.cuda.current_stream())
+            self.context = torch.cuda.stream(self.side)
+        self.context.__enter__()
+
+    def __exit__(self, *exc):
+        self.context.__exit__(*exc)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().wait_stream(self.side)
+
+
+def _refuse_forbidden(func: Any, args: tuple) -> None:
+    name = func.overloadpacket.__name__
+    if name in FORBIDDEN and not (name == "repeat_interleave" and len(args) == 1):
+        raise ValueError(f"a captured step may not use {FORBIDDEN[name]} (operator {func})")
+    if name in ("index", "index_put", "index_put_"):
+        masks = [x for x in tree_iter(args[1]) if isinstance(x, Tensor) and x.dtype == torch.bool]
+        if masks:
+            raise ValueError(f"a captured step may not use boolean-mask indexing (operator {func})")
+
+
+class _Trace(TorchDispatchMode):
+    """The operators of a step with the shapes and dtypes of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        _refuse_forbidden(func, args)
+        facts = tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype), (args, kwargs or {}))
+        self.calls.append((str(func), str(facts)))
+        return func(*args, **(kwargs or {}))
+
+
+def check_capture_safe(step: Callable[[int], Any]) -> int:
+    """Run ``step(0)`` and ``step(1)``, which must differ in their inputs only, and compare them.
+
+    Returns the number of operators.  ``ValueError`` names an operator that cannot be captured, or
+    the first place where the two runs differ (data-dependent Python).  The caller warms up first.
+    """
+    traces = []
+    for i in range(2):
+        with _Trace() as trace:
+            step(i)
+        traces.append(trace.calls)
+    first, second = traces
+    for position, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a[0] != b[0]:
+            raise ValueError(f"operator {position} is {a[0]} in one run and {b[0]} in the other")
+        if _shapes_only(a[1]) != _shapes_only(b[1]):
+            raise ValueError(f"operator {position}, {a[0]}: arguments {a[1]} and then {b[1]}")
+    if len(first) != len(second):
+        raise ValueError(f"one run has {len(first)} operators, the other {len(second)}")
+    return len(first)
+
+
+def _shapes_only(facts: str) -> str:
+    """Generators and other objects print their address; everything else must agree."""
+    return " ".join(word for word in facts.split() if "0x" not in word)

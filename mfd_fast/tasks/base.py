@@ -1,0 +1,43 @@
+"""The interface between the command line and a concrete model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from mfd_fast.backbone import Backbone
+from mfd_fast.distiller import Distiller
+from mfd_fast.run_folder import RunFolder
+
+
+class Task(Protocol):
+    """One preset: built from its RunConfig; loading a bad file is a ``ValueError`` or
+    ``OSError``.
+    """
+
+    def backbone(self) -> Backbone:
+        """Teacher, auxiliary and student on the configured device."""
+        ...
+
+    def conditions(self) -> Callable[[], Any]:
+        """A function that returns the condition of the next update."""
+        ...
+
+    def save_student(self, distiller: Distiller, path: Path) -> None:
+        """Write the student (averaged weights if kept) as safetensors."""
+        ...
+
+    def evaluate(self, run: RunFolder, num_samples: int) -> list[dict[str, Any]]:
+        """The result table: one row per sampler of teacher and student."""
+        ...
+
+    def format_table(self, rows: list[dict[str, Any]]) -> str:
+        """The table as text."""
+        ...
+
+    def draw_pictures(self, run: RunFolder) -> list[Path]:
+        """Sample grid and training curves of a finished run."""
+        ...
+
+    def sample(self, run: RunFolder, path: Path, *, num: int, seed: int) -> None:
+        """Pictures of the student alone."""
+        ...

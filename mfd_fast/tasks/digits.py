@@ -1,0 +1,142 @@
+"""The ``digits`` preset: the packaged 8x8 class-conditional DiT, distilled into few steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from mfd_fast.backbone import CopiedBackbone
+from mfd_fast.config import RunConfig
+from mfd_fast.distiller import Distiller
+from mfd_fast.integrate import generate
+from mfd_fast.models.dit import DiT, load_dit, save_dit
+from mfd_fast.run_folder import STUDENT, RunFolder
+from mfd_fast.tasks.digits_classifier import NUM_CLASSES
+from mfd_fast.tasks.digits_eval import DiTSampler, draw_noise, evaluate_digits, format_table
+from mfd_fast.tasks.digits_teacher import load_classifier, load_teacher
+
+TEACHER_STEPS = (50, 10, 5, 2, 1)
+EVALUATION_SEED = 1
+GRID_COLUMNS = 10
+
+
+class StudentSampler:
+    """``sampler(noise, labels) -> images``: the student's own K-step sampler, unguided."""
+
+    def __init__(self, model: DiT, steps: int, solver: str):
+        self.model, self.nfe, self.solver = model, steps, solver
+
+    def __call__(self, noise: Tensor, labels: Tensor) -> Tensor:
+        def velocity(x, t):
+            return self.model(x, t, labels)
+
+        return generate(velocity, noise, steps=self.nfe, solver=self.solver)
+
+
+class DigitsTask:
+    """See ``tasks.base.Task``."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        name = config.train.device
+        if name == "cuda" and not torch.cuda.is_available():
+            raise ValueError("train.device is cuda, but no NVIDIA GPU is visible; use cpu or auto")
+        is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if is_cuda else "cpu")
+        self.teacher = load_teacher(config.teacher or None).to(self.device)
+
+    def backbone(self) -> CopiedBackbone:
+        shape = (self.teacher.config.channels, *(self.teacher.config.image_size,) * 2)
+        null = self.teacher.config.num_classes
+        return CopiedBackbone(
+            self.teacher, sample_shape=shape, null_cond=lambda label: torch.full_like(label, null)
+        )
+
+    def conditions(self) -> Callable[[], Tensor]:
+        """Uniform labels ``[B]`` int64."""
+        generator = Generator(self.device).manual_seed(self.config.distill.seed)
+        batch, classes = self.config.train.batch_size, self.teacher.config.num_classes
+
+        def next_cond() -> Tensor:
+            return torch.randint(classes, (batch,), generator=generator, device=self.device)
+
+        return next_cond
+
+    def save_student(self, distiller: Distiller, path: Path) -> None:
+        with distiller.averaged_student():
+            save_dit(
+                distiller.backbone.student,
+                path,
+                {
+                    "steps": self.config.distill.student_steps,
+                    "solver": self.config.distill.student_solver,
+                },
+            )
+
+    def evaluate(self, run: RunFolder, num_samples: int) -> list[dict[str, Any]]:
+        samplers = self._teacher_samplers() | self._student_sampler(run)
+        return evaluate_digits(
+            samplers,
+            classifier=load_classifier().to(self.device),
+            reference=_teacher_name(TEACHER_STEPS[0]),
+            num_samples=num_samples,
+            seed=EVALUATION_SEED,
+        )
+
+    def format_table(self, rows: list[dict[str, Any]]) -> str:
+        return format_table(rows)
+
+    def draw_pictures(self, run: RunFolder) -> list[Path]:
+        from mfd_fast.report.pictures import sample_grid, training_curves
+
+        noise, labels = self._grid_noise(GRID_COLUMNS, EVALUATION_SEED)
+        teacher, student = self._teacher_samplers(), self._student_sampler(run)
+        shown = {
+            "teacher, 1 step": teacher[_teacher_name(1)],
+            next(iter(student)): next(iter(student.values())),
+            "teacher, 50 steps": teacher[_teacher_name(50)],
+        }
+        with torch.no_grad():
+            rows = {name: sampler(noise, labels) for name, sampler in shown.items()}
+        paths = [run / "samples_grid.png", run / "training_curves.png"]
+        sample_grid(
+            {"noise": noise} | rows, paths[0], title=f"{self.config.distill.objective}, digits"
+        )
+        training_curves(run.history(), paths[1])
+        return paths
+
+    def sample(self, run: RunFolder, path: Path, *, num: int, seed: int) -> None:
+        from mfd_fast.report.pictures import sample_grid
+
+        noise, labels = self._grid_noise(num, seed)
+        name, sampler = next(iter(self._student_sampler(run).items()))
+        with torch.no_grad():
+            images = sampler(noise, labels)
+        sample_grid({name: images}, path, title=f"{num} samples, seed {seed}")
+
+    def _grid_noise(self, num: int, seed: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(num, device=self.device) % NUM_CLASSES
+        return draw_noise(num, seed, self.device), labels
+
+    def _teacher_samplers(self) -> dict[str, DiTSampler]:
+        guidance = self.config.distill.guidance
+        return {
+            _teacher_name(steps): DiTSampler(self.teacher, steps, guidance)
+            for steps in TEACHER_STEPS
+        }
+
+    def _student_sampler(self, run: RunFolder) -> dict[str, StudentSampler]:
+        distill = self.config.distill
+        model = load_dit(run / STUDENT).to(self.device).eval()
+        name = f"student, {_steps(distill.student_steps)}"
+        return {name: StudentSampler(model, distill.student_steps, distill.student_solver)}
+
+
+def _teacher_name(steps: int) -> str:
+    return f"teacher, {_steps(steps)}"
+
+
+def _steps(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps} steps"

@@ -1,0 +1,86 @@
+"""Keys, types, round trip; every field is read somewhere; the setting surface is frozen."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from mfd_fast.config import (
+    PRESETS,
+    DistillConfig,
+    RunConfig,
+    from_dict,
+    load_config,
+    preset,
+    save_config,
+    to_dict,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def keys(tree, prefix=""):
+    for name, value in tree.items():
+        yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_round_trip(name, tmp_path):
+    save_config(preset(name), tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == preset(name)
+
+
+def test_every_field_is_read_outside_config():
+    text = "\n".join(
+        path.read_text() for path in (ROOT / "mfd_fast").rglob("*.py") if path.name != "config.py"
+    )
+    unread = [
+        key
+        for key in keys(to_dict(RunConfig()))
+        if not re.search(rf"\.{key.split('.')[-1]}\b", text)
+    ]
+    assert not unread
+
+
+def test_every_field_has_a_docstring():
+    text = (ROOT / "mfd_fast/config.py").read_text()
+    for cls in (RunConfig, DistillConfig):
+        for field in dataclasses.fields(cls):
+            assert re.search(rf'^    {field.name}: .*\n    """', text, re.MULTILINE), field.name
+
+
+def test_setting_surface_is_frozen():
+    """A new setting is a reviewed diff of tests/data/settings.txt."""
+    expected = (ROOT / "tests/data/settings.txt").read_text().split()
+    assert sorted(keys(to_dict(RunConfig()))) == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"distill": {"step_sise": 0.1}}, "'distill.step_sise'; .*did you mean 'step_size'"),
+        ({"distill": {"step_size": "big"}}, r"distill.step_size must be float, got 'big' \(str\)"),
+        ({"distill": {"step_size": -1.0}}, "distill.step_size must be > 0, got -1.0"),
+        ({"distill": {"objective": "gan"}}, r"one of \['mfd', 'vsd'\], got 'gan'"),
+        ({"distill": 3}, "distill must be a mapping, got 3"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be >= 1, got 0"),
+        ({"train": {"batch_size": 1.5}}, "train.batch_size must be int"),
+        ({"distill": {"student_optim": {"lr": 0}}}, "lr must be > 0"),
+    ],
+)
+def test_bad_keys_and_values_are_named(tree, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(RunConfig, tree)
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(
+        ValueError, match="unknown preset 'digit'; there is .*did you mean 'digits'"
+    ):
+        preset("digit")
+
+
+def test_optional_values_accept_none_and_numbers():
+    assert from_dict(DistillConfig, {"max_interval": None}).max_interval is None
+    assert from_dict(DistillConfig, {"max_interval": 1}).max_interval == 1.0
