@@ -97,11 +97,18 @@ class Backbone(Protocol):
         ...
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
-        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]``: the first n samples."""
+        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]`` or ``[n, L]``.
+
+        n <= B: the lanes of the first n prepared samples.
+        """
         ...
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """The parameters that training this role changes; empty for the teacher."""
+        ...
+
+    def refresh(self, role: str) -> None:
+        """Called after the role's parameters changed: update what is derived from them in place."""
         ...
 
 
@@ -147,13 +154,14 @@ class CopiedBackbone(nn.Module):
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
         """One call per role: neighbouring lanes of a role are evaluated as one batch."""
         n = x.shape[0]
+        times = t if t.ndim == 2 else t[:, None].expand(n, len(lanes))
         parts, start = [], 0
         for role, group in groupby(lanes, key=lambda lane: lane.role):
             members = tuple(group)
             width = len(members)
             rows = x[:, start : start + width].flatten(0, 1).to(self.dtype)
-            times = t[:, None].expand(n, width).flatten()
-            v = getattr(self, role)(rows, times, prepared.rows(members, n))
+            time = times[:, start : start + width].flatten()
+            v = getattr(self, role)(rows, time, prepared.rows(members, n))
             if v.shape != rows.shape:
                 raise ValueError(
                     f"the {role} network must return the shape of its input, {list(rows.shape)}; "
@@ -167,6 +175,9 @@ class CopiedBackbone(nn.Module):
         if role not in ROLES:
             raise ValueError(f"role must be one of {list(ROLES)}, got {role!r}")
         return [] if role == "teacher" else list(getattr(self, role).parameters())
+
+    def refresh(self, role: str) -> None:
+        """Nothing is derived from the parameters of a full copy."""
 
 
 @contextmanager

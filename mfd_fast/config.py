@@ -22,6 +22,8 @@ def _require(ok: bool, key: str, expected: str, got: Any) -> None:
 class OptimConfig:
     """AdamW of one role."""
 
+    kind: Literal["adamw", "adamw8bit", "adamw8bit_torchao", "fused_adam"] = "adamw"
+    """torch's fused AdamW, or 8-bit moments (bitsandbytes, torchao), or apex."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     beta1: float = 0.9
@@ -89,6 +91,14 @@ class DistillConfig:
     """K: steps of the student's sampler, in training and at inference."""
     student_solver: SolverName = "euler"
     """Solver of the student's sampler."""
+    student_backprop: Literal["all", "last", "random"] = "all"
+    """Which of the K sampler steps the gradient enters: all, the last, or a random one."""
+    aux_draws_per_sample: int = 1
+    """Pairs (t, eps) that the auxiliary learns from for every sample generated (the paper: 1)."""
+    micro_batches: int = 1
+    """The batch of an update is evaluated in this many equal parts; gradients are averaged."""
+    loss_scale: float = 0.0
+    """Initial loss scale for fp16 networks, adapted on the device; 0: off."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the student's weights; 0: no average."""
     seed: int = 0
@@ -109,8 +119,15 @@ class DistillConfig:
                  self.max_interval)  # fmt: skip
         _require(self.time_std >= 0 and self.aux_time_std >= 0, "time_std and aux_time_std", ">= 0",
                  (self.time_std, self.aux_time_std))  # fmt: skip
-        for name in ("aux_updates", "student_updates", "student_steps"):
+        for name in (
+            "aux_updates",
+            "student_updates",
+            "student_steps",
+            "micro_batches",
+            "aux_draws_per_sample",
+        ):
             _require(getattr(self, name) >= 1, f"distill.{name}", ">= 1", getattr(self, name))
+        _require(self.loss_scale >= 0, "distill.loss_scale", ">= 0 (0: off)", self.loss_scale)
         _require(0 <= self.ema_decay < 1, "distill.ema_decay", "in [0, 1)", self.ema_decay)
 
 

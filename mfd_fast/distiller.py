@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
-from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, swapped
-from mfd_fast.config import DistillConfig
-from mfd_fast.flow import sample_times
+from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, batch_size, swapped
+from mfd_fast.config import DistillConfig, OptimConfig
+from mfd_fast.flow import Schedule, sample_times
 from mfd_fast.integrate import generate
 from mfd_fast.objectives import make_objective
 from mfd_fast.ops import interpolate_with_target
-from mfd_fast.optim import clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.optim import LossScale, clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.solvers import SolverTable
 
 
 class Distiller:
@@ -38,6 +40,8 @@ class Distiller:
         backbone: Backbone,
         config: DistillConfig,
         optimizers: dict[str, Optimizer] | None = None,
+        *,
+        schedule: Schedule | None = None,
     ):
         if optimizers is not None and set(optimizers) != {"aux", "student"}:
             raise ValueError(
@@ -52,6 +56,11 @@ class Distiller:
         }
         self.host_generator = Generator().manual_seed(config.seed)
         self.generator = Generator(backbone.device).manual_seed(config.seed)
+        self.loss_scale = {
+            role: LossScale(config.loss_scale, backbone.device)
+            for role in (("aux", "student") if config.loss_scale > 0 else ())
+        }
+        self.schedule = schedule
         self.num_updates = {"aux": 0, "student": 0}
         self.skipped = torch.zeros((), device=backbone.device)
         self.ema = [p.detach().clone() for p in self._student()] if config.ema_decay > 0 else []
@@ -61,23 +70,12 @@ class Distiller:
 
         Returns ``aux_loss`` and ``aux_grad_norm``, device tensors ``[]``.
         """
-        config = self.config
-        prepared = self.backbone.prepare(cond)
-        with torch.no_grad():
-            x0 = self._sample_student(self._noise(prepared.batch), prepared)
-        t = sample_times(
-            prepared.batch,
-            config.aux_time_distribution,
-            mean=config.aux_time_mean,
-            std=config.aux_time_std,
-            generator=self.host_generator,
-        )
-        t = self._to_device(t)
-        x_t, target = interpolate_with_target(x0, self._noise(prepared.batch), t)
-        v = self.backbone.forward(x_t[:, None], t, prepared, (AUX,))[:, 0]
-        loss = torch.nn.functional.mse_loss(v.float(), target)
-        norm = self._update("aux", loss)
-        return {"aux_loss": loss.detach(), "aux_grad_norm": norm}
+        self._set_lr("aux")
+        parts = self._parts(cond)
+        losses = [self._aux_backward(part, self._draw_aux_times(part)) for part in parts]
+        metrics = self._apply("aux")
+        self.num_updates["aux"] += 1
+        return metrics | {"aux_loss": torch.stack(losses).mean()}
 
     def student_step(self, cond: Any) -> dict[str, Tensor]:
         """One update of the student by the objective (method, section 4).
@@ -85,15 +83,12 @@ class Distiller:
         Returns ``student_loss``, ``distance`` (mean over samples of |u_T - u_A|_2, paper D.6),
         ``student_grad_norm`` and ``skipped`` (updates skipped so far), device tensors ``[]``.
         """
-        prepared = self.backbone.prepare(cond)
-        x0 = self._sample_student(self._noise(prepared.batch), prepared)
-        table = self.objective.draw(prepared.batch, self.host_generator).to(x0.device)
-        noise = self._noise(prepared.batch)
-        loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
-        metrics["student_grad_norm"] = self._update("student", loss)
-        if self.ema:
-            torch._foreach_lerp_(self.ema, self._student(), 1.0 - self.config.ema_decay)
-        return metrics | {"skipped": self.skipped.clone()}
+        self._set_lr("student")
+        parts = [self._student_backward(part) for part in self._parts(cond)]
+        metrics = {name: torch.stack([m[name] for m in parts]).mean() for name in parts[0]}
+        metrics |= self._apply("student")
+        self.num_updates["student"] += 1
+        return metrics
 
     def step(self, cond: Any) -> dict[str, Tensor]:
         """The next update of the cycle: ``aux_updates`` of the auxiliary, then
@@ -123,7 +118,9 @@ class Distiller:
             yield
             return
         with swapped(self._student(), self.ema):
+            self.backbone.refresh("student")
             yield
+        self.backbone.refresh("student")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a bit-exact continuation needs, besides the teacher."""
@@ -133,6 +130,10 @@ class Distiller:
             "ema": [p.clone() for p in self.ema],
             "optimizers": {
                 role: copy.deepcopy(opt.state_dict()) for role, opt in self.optimizers.items()
+            },
+            "loss_scale": {
+                role: (scale.scale.clone(), scale.finite_steps.clone())
+                for role, scale in self.loss_scale.items()
             },
             "num_updates": dict(self.num_updates),
             "skipped": self.skipped.clone(),
@@ -160,6 +161,11 @@ class Distiller:
                     target.copy_(value)
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][role])
+        for role, scale in self.loss_scale.items():
+            scale.scale.copy_(state["loss_scale"][role][0])
+            scale.finite_steps.copy_(state["loss_scale"][role][1])
+        for role in ("aux", "student"):
+            self.backbone.refresh(role)
         self.num_updates = dict(state["num_updates"])
         self.skipped.copy_(state["skipped"])
         self.host_generator.set_state(state["host_generator"])
@@ -168,31 +174,126 @@ class Distiller:
     def _student(self) -> list[Tensor]:
         return self.backbone.parameters_of("student")
 
-    def _noise(self, batch: int) -> Tensor:
-        shape = (batch, *self.backbone.sample_shape)
-        return torch.randn(shape, generator=self.generator, device=self.backbone.device)
+    def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
+        """Gradient of the flow-matching loss on the student's samples; the loss.
 
-    def _to_device(self, t: Tensor) -> Tensor:
+        t is ``[B * draws]``: every sample is noised to ``draws`` times (one in the paper), which
+        the backbone sees as that many auxiliary lanes of the sample.
+        """
+        draws = self.config.aux_draws_per_sample
+        prepared = self.backbone.prepare(cond)
+        with torch.no_grad():
+            x0 = self._sample_student(self._noise(prepared.batch), prepared)
+        x0 = x0.repeat_interleave(draws, dim=0)
+        x_t, target = interpolate_with_target(x0, self._noise(len(x0)), t)
+        lanes, times = x_t.unflatten(0, (-1, draws)), t.unflatten(0, (-1, draws))
+        v = self.backbone.forward(lanes, times, prepared, (AUX,) * draws)
+        loss = torch.nn.functional.mse_loss(v.float().flatten(0, 1), target)
+        self._backward("aux", loss)
+        return loss.detach()
+
+    def _student_backward(self, cond: Any) -> dict[str, Tensor]:
+        """Gradient of the objective on fresh samples; its metrics."""
+        table = self._draw_table(cond).to(self.backbone.device)
+        prepared, x0, noise = self._student_samples(cond, self._draw_backprop_step())
+        loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
+        self._backward("student", loss)
+        return metrics
+
+    def _student_samples(self, cond: Any, step: int | None) -> tuple[Prepared, Tensor, Tensor]:
+        """The prepared condition, x_0 with its graph, and the noise it will be mixed with."""
+        prepared = self.backbone.prepare(cond)
+        x0 = self._sample_student(self._noise(prepared.batch), prepared, only_step=step)
+        return prepared, x0, self._noise(prepared.batch)
+
+    def _sample_student(
+        self, noise: Tensor, prepared: Prepared, *, only_step: int | None = None
+    ) -> Tensor:
+        """G(z, c): the student's own K-step sampler; the gradient enters every step, or only
+        one.
+        """
+        config = self.config
+        evaluation = iter(range(config.student_steps * 2))
+
+        def velocity(x, t):
+            enters = torch.is_grad_enabled() and only_step in (None, next(evaluation))
+            with torch.set_grad_enabled(enters):
+                return self.backbone.forward(x[:, None], t, prepared, (STUDENT,))[:, 0]
+
+        return generate(
+            velocity,
+            noise,
+            steps=config.student_steps,
+            solver=config.student_solver,
+            schedule=self.schedule,
+        )
+
+    def _backward(self, role: str, loss: Tensor, *, retain_graph: bool = False) -> None:
+        scale = self.loss_scale.get(role)
+        weight = 1.0 / self.config.micro_batches
+        (loss * (weight if scale is None else scale.scale * weight)).backward(
+            retain_graph=retain_graph
+        )
+
+    def _apply(self, role: str) -> dict[str, Tensor]:
+        """Clip, step or skip, average; the role's metrics."""
+        norm, skipped = clip_and_step(
+            self.optimizers[role],
+            clip_norm=self._optim(role).clip_norm,
+            loss_scale=self.loss_scale.get(role),
+        )
+        self.skipped += skipped
+        self.backbone.refresh(role)
+        metrics = {f"{role}_grad_norm": norm}
+        if role == "student":
+            if self.ema:
+                torch._foreach_lerp_(self.ema, self._student(), 1.0 - self.config.ema_decay)
+            metrics["skipped"] = self.skipped.clone()
+        return metrics
+
+    def _set_lr(self, role: str) -> None:
+        set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
+
+    def _optim(self, role: str) -> OptimConfig:
+        return self.config.aux_optim if role == "aux" else self.config.student_optim
+
+    def _parts(self, cond: Any) -> list[Any]:
+        """``cond`` in ``micro_batches`` equal parts."""
+        parts, batch = self.config.micro_batches, batch_size(cond)
+        if batch % parts:
+            raise ValueError(
+                f"the batch must divide into distill.micro_batches={parts} equal parts; got {batch}"
+            )
+        rows = batch // parts
+        return [
+            tree_map(lambda leaf, i=i: leaf[i * rows : (i + 1) * rows], cond) for i in range(parts)
+        ]
+
+    def _draw_aux_times(self, cond: Any) -> Tensor:
+        config = self.config
+        t = sample_times(
+            batch_size(cond) * config.aux_draws_per_sample,
+            config.aux_time_distribution,
+            mean=config.aux_time_mean,
+            std=config.aux_time_std,
+            generator=self.host_generator,
+        )
         if self.backbone.device.type == "cpu":
             return t
         return t.pin_memory().to(self.backbone.device, non_blocking=True)
 
-    def _sample_student(self, noise: Tensor, prepared: Prepared) -> Tensor:
-        """G(z, c): the student's own sampler, K steps; the gradient flows through all of them."""
+    def _draw_table(self, cond: Any) -> SolverTable:
+        return self.objective.draw(batch_size(cond), self.host_generator)
 
-        def velocity(x, t):
-            return self.backbone.forward(x[:, None], t, prepared, (STUDENT,))[:, 0]
-
+    def _draw_backprop_step(self) -> int | None:
+        """The sampler step that the gradient enters, drawn on the host; None for all of them."""
         config = self.config
-        return generate(velocity, noise, steps=config.student_steps, solver=config.student_solver)
+        if config.student_backprop == "all":
+            return None
+        if config.student_backprop == "last":
+            return config.student_steps - 1
+        return int(torch.randint(config.student_steps, (), generator=self.host_generator))
 
-    def _update(self, role: str, loss: Tensor) -> Tensor:
-        """Backward, warm-up, clip, step or skip; returns the gradient norm."""
-        optim = self.config.aux_optim if role == "aux" else self.config.student_optim
-        optimizer = self.optimizers[role]
-        loss.backward()
-        set_warmup_lr(optimizer, optim, self.num_updates[role])
-        norm, skipped = clip_and_step(optimizer, clip_norm=optim.clip_norm)
-        self.skipped += skipped
-        self.num_updates[role] += 1
-        return norm
+    def _noise(self, batch: int) -> Tensor:
+        shape = (batch, *self.backbone.sample_shape)
+        return torch.randn(shape, generator=self.generator, device=self.backbone.device)

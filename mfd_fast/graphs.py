@@ -119,6 +119,8 @@ class CapturedStep:
     Args:
         function: takes and returns pytrees of tensors; everything it does must be capturable.
         graph: makes the graph: ``CudaGraph`` or, to test without a GPU, ``RecordedGraph``.
+        after: the step whose tensors this one reads; its graph must exist first, because before
+            that its tensors are new ones on every call.
 
     Inputs are copied into static buffers; the returned tensors are static too: the next call
     overwrites them.  The warm-up calls run ``function`` itself (on a side stream on a GPU): they
@@ -126,7 +128,14 @@ class CapturedStep:
     changes.
     """
 
-    def __init__(self, function: Callable[..., Any], *, graph: Callable[[], Graph]):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        graph: Callable[[], Graph],
+        after: "CapturedStep | None" = None,
+    ):
+        self.after = after
         self.function = function
         self.make_graph = graph
         self.graph: Graph | None = None
@@ -145,7 +154,7 @@ class CapturedStep:
         self.calls += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.calls <= WARMUP_CALLS:
+        elif self.calls <= WARMUP_CALLS or (self.after is not None and self.after.graph is None):
             self._outputs = self._warm_up()
         else:
             self.graph = self.make_graph()

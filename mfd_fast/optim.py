@@ -1,5 +1,8 @@
 """Optimizers that never wait for the device: tensor learning rate, clipping, non-finite skip."""
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -8,15 +11,66 @@ from mfd_fast.config import OptimConfig
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
-    """torch's fused AdamW with the learning rate in a tensor on the parameters' device."""
+    """The optimizer named by ``config.kind``, learning rate in a tensor where it can be captured.
+
+    ``adamw`` is torch's fused one; ``adamw8bit`` bitsandbytes', ``adamw8bit_torchao`` torchao's,
+    ``fused_adam`` apex's.  ``ImportError`` says what to install; ``ValueError`` if there is nothing
+    to train.
+    """
     if not parameters:
         raise ValueError("there is nothing to train: the role has no parameters")
+    return OPTIMIZERS[config.kind](parameters, config)
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
+    device = parameters[0].device
     return torch.optim.AdamW(
         parameters,
-        lr=torch.tensor(config.lr, device=parameters[0].device),
+        lr=torch.tensor(config.lr, device=device),
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=device.type == "cuda",
+    )
+
+
+def _other(module: str, name: str, package: str, **extra) -> Callable:
+    """An optimizer of another package; imported only when it is asked for."""
+
+    def make(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise ImportError(
+                f"kind needs {package}, which does not import here: {error}"
+            ) from None
+        return cls(
+            parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            **extra,
+        )
+
+    return make
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _other("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "adamw8bit_torchao": _other("torchao.optim", "AdamW8bit", "torchao"),
+    "fused_adam": _other("apex.optimizers", "FusedAdam", "NVIDIA apex", adam_w_mode=True),
+}
+
+
+def is_capturable(optimizer: Optimizer) -> bool:
+    """Whether a step may run inside a CUDA graph: it says so, with its learning rate on the
+    device.
+    """
+    return all(
+        isinstance(group["lr"], Tensor)
+        and bool(group.get("capturable") or group["lr"].device.type == "cpu")
+        for group in optimizer.param_groups
     )
 
 
@@ -32,27 +86,58 @@ def set_warmup_lr(optimizer: Optimizer, config: OptimConfig, update: int) -> Non
             group["lr"] = config.lr * factor
 
 
-def clip_and_step(optimizer: Optimizer, *, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip to a global norm and step, unless a gradient is not finite; decided on the device.
+class LossScale:
+    """The loss scale of fp16 training, on the device: halved by a non-finite step, slowly doubled.
+
+    The update rule is ``torch.amp.GradScaler``'s (growth 2 after 2,000 finite steps, backoff 0.5).
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, initial: float, device: torch.device):
+        self.scale = torch.full((), initial, device=device)
+        self.finite_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Follow one step; skipped is 1.0 if a gradient was not finite, ``[]``."""
+        torch._amp_update_scale_(
+            self.scale, self.finite_steps, skipped, self.GROWTH, self.BACKOFF, self.INTERVAL
+        )
+
+
+def clip_and_step(
+    optimizer: Optimizer, *, clip_norm: float, loss_scale: LossScale | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unscale, clip to a global norm and step, unless a gradient is not finite; on the device.
 
     Args:
         clip_norm: largest global L2 norm; 0: no clipping.
+        loss_scale: what the loss was multiplied by; updated.
 
     Returns:
         The norm before clipping ``[]`` and 1.0 if the update was skipped else 0.0 ``[]``.
         A fused optimizer skips exactly (``found_inf``: no weight, moment or step count changes);
         any other one sees zero gradients instead, so its moments decay and its weight decay
         applies.
+
+    Gradients are zeroed in place afterwards: their addresses stay.
     """
     grads = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
     norm = torch.nn.utils.get_total_norm(grads)
     skipped = (~torch.isfinite(norm)).to(torch.float32)
+    factor = None
+    if loss_scale is not None:
+        factor = 1.0 / loss_scale.scale
+        norm = norm * factor
+        loss_scale.update(skipped)
     if clip_norm > 0:
-        scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, scale)
-    if _is_fused(optimizer):
+        clip = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = clip if factor is None else factor * clip
+    if factor is not None:
+        torch._foreach_mul_(grads, factor)
+    if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = skipped
         optimizer.step()
         del optimizer.found_inf
@@ -60,9 +145,5 @@ def clip_and_step(optimizer: Optimizer, *, clip_norm: float) -> tuple[Tensor, Te
         for grad in grads:
             grad.nan_to_num_(0.0, 0.0, 0.0).mul_(1.0 - skipped)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    torch._foreach_zero_(grads)
     return norm, skipped
-
-
-def _is_fused(optimizer: Optimizer) -> bool:
-    return all(group.get("fused") for group in optimizer.param_groups)

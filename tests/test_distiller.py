@@ -262,6 +262,75 @@ def test_k_step_student_back_propagates_through_every_step():
     assert len(seen) == 4
 
 
+def test_draws_per_sample_average_the_gradients_of_single_draws():
+    """k draws of (t, eps) on the same samples: the mean of the k single gradients."""
+    draws, batch = 3, 4
+    distiller = small_distiller(aux_draws_per_sample=draws)
+    cond, t = torch.randn(batch, 1), torch.rand(batch * draws)
+    z, eps = torch.randn(batch, DIM), torch.randn(batch * draws, DIM)
+    numbers = [eps, z]
+    distiller._noise = lambda _: numbers.pop()
+    distiller._aux_backward(cond, t)
+    ours = [p.grad.clone() for p in distiller.backbone.parameters_of("aux")]
+
+    def single_draws(dtype):
+        backbone = distiller.backbone.to(dtype)
+        with torch.no_grad():
+            x0 = z.to(dtype) - backbone.student(z.to(dtype), torch.ones(batch), cond.to(dtype))
+        total = 0.0
+        for k in range(draws):
+            rows = slice(k, None, draws)
+            noise, time = eps[rows].to(dtype), t[rows].to(dtype)[:, None]
+            x_t = (1 - time) * x0 + time * noise
+            v = backbone.aux(x_t, t[rows].to(dtype), cond.to(dtype))
+            total = total + (v - (noise - x0)).square().mean() / draws
+        return torch.autograd.grad(total, backbone.parameters_of("aux"))
+
+    eager, exact = single_draws(torch.float32), single_draws(torch.float64)
+    for actual, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert_as_accurate(actual, theirs, truth)
+
+
+def test_micro_batches_average_the_gradients_of_the_parts():
+    """The same samples in one batch or in two halves: the same auxiliary gradient."""
+    cond, t = torch.randn(4, 1), torch.rand(4)
+    z, eps = torch.randn(4, DIM), torch.randn(4, DIM)
+
+    def gradients(parts, dtype=torch.float32):
+        distiller = small_distiller(micro_batches=parts)
+        distiller.backbone.to(dtype).dtype = dtype
+        for c, time, noise, mixed in zip(*(x.chunk(parts) for x in (cond, t, z, eps)), strict=True):
+            numbers = [mixed.to(dtype), noise.to(dtype)]
+            distiller._noise = lambda _, numbers=numbers: numbers.pop()
+            distiller._aux_backward(c.to(dtype), time)
+        return [p.grad for p in distiller.backbone.parameters_of("aux")]
+
+    together = zip(gradients(2), gradients(1), gradients(1, torch.float64), strict=True)
+    for halves, whole, exact in together:
+        assert_as_accurate(halves, whole, exact)
+    with pytest.raises(ValueError, match=r"must divide into distill\.micro_batches=3"):
+        small_distiller(micro_batches=3).aux_step(cond)
+
+
+def test_gradient_enters_only_the_chosen_sampler_step():
+    """student_backprop = last or random: the other evaluations are constants."""
+    for choice in ("last", "random"):
+        distiller = small_distiller(student_steps=4, student_backprop=choice)
+        grads = []
+        forward = distiller.backbone.forward
+
+        def watched(x, t, prepared, lanes, forward=forward, grads=grads):
+            grads.append(torch.is_grad_enabled())
+            return forward(x, t, prepared, lanes)
+
+        distiller.backbone.forward = watched
+        for _ in range(6):
+            grads.clear()
+            distiller.student_step(torch.randn(2, 1))
+            assert sum(grads[:4]) == 1 and not any(grads[4:])
+            assert grads[3] or choice == "random"
+
+
 def test_user_owned_optimizers():
     backbone = cond_backbone()
     optimizers = {

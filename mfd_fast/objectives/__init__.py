@@ -3,7 +3,7 @@
 """
 
 from mfd_fast.config import DistillConfig
-from mfd_fast.objectives.base import Objective
+from mfd_fast.objectives.base import IntervalObjective, Objective
 from mfd_fast.objectives.mfd import MeanFlowDistillation
 from mfd_fast.objectives.vsd import VariationalScoreDistillation
 
@@ -19,4 +19,4 @@ def make_objective(config: DistillConfig) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-__all__ = ["OBJECTIVES", "Objective", "make_objective"]
+__all__ = ["OBJECTIVES", "IntervalObjective", "Objective", "make_objective"]
