@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -85,6 +86,18 @@ class Prepared:
         return self.null
 
 
+class FixedRows:
+    """The rows of some groups of lanes, made now and never again: CUDA graphs read them."""
+
+    def __init__(self, prepared: Prepared, groups: tuple[tuple[Lane, ...], ...]):
+        self.batch = prepared.batch
+        self._rows = {lanes: prepared.rows(lanes, prepared.batch) for lanes in groups}
+
+    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
+        """As ``Prepared.rows``; a ``KeyError`` for lanes that were not fixed."""
+        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._rows[lanes])
+
+
 class Backbone(Protocol):
     """Teacher, auxiliary and student behind one batched evaluation."""
 
@@ -101,6 +114,10 @@ class Backbone(Protocol):
 
         n <= B: the lanes of the first n prepared samples.
         """
+        ...
+
+    def lane_groups(self, lanes: tuple[Lane, ...]) -> tuple[tuple[Lane, ...], ...]:
+        """The sets of lanes that ``forward`` evaluates together, in one call of a network each."""
         ...
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
@@ -142,6 +159,7 @@ class CopiedBackbone(nn.Module):
             network.requires_grad_(True)
         self.sample_shape = tuple(sample_shape)
         self.null_cond = null_cond
+        self._side_stream: torch.cuda.Stream | None = None
         first = next(teacher.parameters())
         self.dtype = first.dtype if dtype is None else dtype
         self.device = first.device
@@ -152,24 +170,46 @@ class CopiedBackbone(nn.Module):
         return Prepared(cond, null, batch)
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
-        """One call per role: neighbouring lanes of a role are evaluated as one batch."""
+        """One call per role: neighbouring lanes of a role are one batch, two roles two streams."""
         n = x.shape[0]
         times = t if t.ndim == 2 else t[:, None].expand(n, len(lanes))
-        parts, start = [], 0
-        for role, group in groupby(lanes, key=lambda lane: lane.role):
-            members = tuple(group)
+        jobs, start = [], 0
+        for members in self.lane_groups(lanes):
             width = len(members)
             rows = x[:, start : start + width].flatten(0, 1).to(self.dtype)
             time = times[:, start : start + width].flatten()
-            v = getattr(self, role)(rows, time, prepared.rows(members, n))
-            if v.shape != rows.shape:
-                raise ValueError(
-                    f"the {role} network must return the shape of its input, {list(rows.shape)}; "
-                    f"got {list(v.shape)}"
-                )
-            parts.append(v.unflatten(0, (n, width)))
+            jobs.append(partial(self._velocity, members, rows, time, prepared.rows(members, n)))
             start += width
+        parts = self._in_parallel(jobs) if x.is_cuda and len(jobs) == 2 else [job() for job in jobs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _velocity(self, lanes: tuple[Lane, ...], rows: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """One network on the rows ``[n * L, *S]`` of its lanes; ``[n, L, *S]``."""
+        role = lanes[0].role
+        v = getattr(self, role)(rows, t, cond)
+        if v.shape != rows.shape:
+            raise ValueError(
+                f"the {role} network must return the shape of its input, {list(rows.shape)}; "
+                f"got {list(v.shape)}"
+            )
+        return v.unflatten(0, (-1, len(lanes)))
+
+    def _in_parallel(self, jobs: list[Callable[[], Tensor]]) -> list[Tensor]:
+        """Two networks as two branches that join: neither reads what the other writes."""
+        here = torch.cuda.current_stream()
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream()
+        self._side_stream.wait_stream(here)
+        with torch.cuda.stream(self._side_stream):
+            second = jobs[1]()
+        first = jobs[0]()
+        here.wait_stream(self._side_stream)
+        second.record_stream(here)
+        return [first, second]
+
+    def lane_groups(self, lanes: tuple[Lane, ...]) -> tuple[tuple[Lane, ...], ...]:
+        """Neighbouring lanes of one role."""
+        return tuple(tuple(group) for _, group in groupby(lanes, key=lambda lane: lane.role))
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         if role not in ROLES:

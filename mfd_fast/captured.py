@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfd_fast.backbone import Prepared, batch_size
+from mfd_fast.backbone import FixedRows
 from mfd_fast.distiller import Distiller
 from mfd_fast.graphs import CapturedStep, CudaGraph, Graph
 from mfd_fast.integrate import Trajectories
@@ -62,7 +62,7 @@ class CapturedDistiller(Distiller):
         self._steps: dict[Any, CapturedStep] = {}
         self._moving: Trajectories | None = None
         self._x_t: Tensor | None = None
-        self._prepared: Prepared | None = None
+        self._prepared: FixedRows | None = None
 
     def aux_step(self, cond: Any) -> dict[str, Tensor]:
         self._set_lr("aux")
@@ -157,8 +157,9 @@ class CapturedDistiller(Distiller):
     @torch.no_grad()
     def _prepare(self, cond: Any) -> None:
         """What the ODE graphs read and none of them computes: the lanes' conditions, prepared."""
-        self._prepared = self.backbone.prepare(cond)
-        self._prepared.rows(self.objective.lanes, batch_size(cond))
+        self._prepared = FixedRows(
+            self.backbone.prepare(cond), self.backbone.lane_groups(self.objective.lanes)
+        )
 
     def _begin(self, cond: Any, *, step: int | None) -> None:
         """Generate with gradient, noise to t, put both trajectories at x_t."""

@@ -97,7 +97,7 @@ class Trajectories:
         guidance: float,
     ) -> None:
         """One evaluation and one solver step of the first n samples; times [n], coef [n, 5]."""
-        v = velocity(self.x_in[:n], times)
+        v = velocity(self.x_in[:n], times).to(self.x_in.dtype)  # under autocast they may differ
         history = None if self.history is None else self.history[:n]
         ode_step_(self.x[:n], v.contiguous(), history, coef, guidance=guidance, x_in=self.x_in[:n])
 
