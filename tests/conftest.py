@@ -14,8 +14,11 @@ if not HAS_GPU:
 NEEDS_GPU = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is false")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     for item in items:
+        if HAS_GPU and "triton_device" in item.fixturenames:
+            item.add_marker("gpu")  # real Triton kernels, not the interpreter
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(NEEDS_GPU)
 

@@ -15,7 +15,9 @@ NAMESPACE = "mfd_fast"
 
 
 def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    return hasattr(torch.ops.mfd_fast, name) and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    )
 
 
 def register_cpu(name: str, reference: Callable) -> None:
@@ -25,22 +27,32 @@ def register_cpu(name: str, reference: Callable) -> None:
         torch.library.impl(f"{NAMESPACE}::{name}", "CPU")(reference)
 
 
-def register_cuda(name: str, *, triton: str | None = None, prefer: str = "cpp") -> None:
+def register_cuda(
+    name: str,
+    *,
+    triton: str | None = None,
+    reference: Callable | None = None,
+    prefer: str = "cpp",
+) -> None:
     """Register the CUDA implementation.
 
     Args:
-        triton: ``"module:function"`` of the Triton launcher, imported at the first call; None if the
-            operator has only a compiled kernel.
+        triton: ``"module:function"`` of the Triton launcher, imported at the first call; None if
+            the operator has only a compiled kernel.
+        reference: plain PyTorch for an install that has neither; not needed with ``triton``.
         prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there.
     """
-    is_compiled = bool(build_info().get("cuda")) and _has_kernel(f"_{name}_cuda", "CUDA")
+    private = f"_{name.lstrip('_')}_cuda"
+    is_compiled = bool(build_info().get("cuda")) and _has_kernel(private, "CUDA")
     wanted = prefer if backend() == "auto" else backend()
     if is_compiled and (triton is None or wanted == "cpp"):
         torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(
-            lambda *args: getattr(torch.ops.mfd_fast, f"_{name}_cuda")(*args)
+            lambda *args: getattr(torch.ops.mfd_fast, private)(*args)
         )
     elif triton is not None:
         torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(_lazy(triton))
+    elif reference is not None:
+        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(reference)
 
 
 def _lazy(target: str) -> Callable:

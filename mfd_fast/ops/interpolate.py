@@ -10,9 +10,9 @@ from torch import Tensor
 from mfd_fast.ops import reference
 from mfd_fast.ops.backend import register_cpu, register_cuda
 
-torch.library.define(
-    "mfd_fast::interpolate", "(Tensor x0, Tensor noise, Tensor t, bool with_target) -> (Tensor, Tensor)"
-)
+_SCHEMA = "(Tensor x0, Tensor noise, Tensor t, bool with_target) -> (Tensor, Tensor)"
+torch.library.define("mfd_fast::interpolate", _SCHEMA)
+torch.library.define("mfd_fast::_interpolate_cuda", _SCHEMA)
 
 
 @torch.library.register_fake("mfd_fast::interpolate")
@@ -30,7 +30,7 @@ register_cuda("interpolate", triton="mfd_fast.kernels.interpolate:interpolate")
 
 
 def _setup_context(ctx, inputs, output):
-    x0, _, t, with_target = inputs
+    _x0, _noise, t, with_target = inputs
     ctx.save_for_backward(t)
     ctx.with_target = with_target
 
@@ -47,6 +47,8 @@ torch.library.register_autograd("mfd_fast::interpolate", _backward, setup_contex
 
 
 def _check(x0: Tensor, noise: Tensor, t: Tensor) -> None:
+    if x0.ndim == 0:
+        raise ValueError("interpolate: x0 must be [B, ...]; got a scalar")
     if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
         raise ValueError(
             f"interpolate: noise must be like x0, {x0.dtype} {list(x0.shape)} on {x0.device}; "
@@ -54,7 +56,7 @@ def _check(x0: Tensor, noise: Tensor, t: Tensor) -> None:
         )
     if t.shape != x0.shape[:1] or t.dtype != torch.float32 or t.device != x0.device:
         raise ValueError(
-            f"interpolate: t must be torch.float32 [{x0.shape[0] if x0.ndim else 'B'}] on {x0.device}; "
+            f"interpolate: t must be torch.float32 [{x0.shape[0]}] on {x0.device}; "
             f"got {t.dtype} {list(t.shape)} on {t.device}"
         )
 
@@ -71,7 +73,9 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     devices disagree.
     """
     _check(x0, noise, t)
-    return torch.ops.mfd_fast.interpolate(x0.contiguous(), noise.contiguous(), t.contiguous(), False)[0]
+    return torch.ops.mfd_fast.interpolate(
+        x0.contiguous(), noise.contiguous(), t.contiguous(), False
+    )[0]
 
 
 def interpolate_with_target(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@
     distance  = | u_T - u_A |_2 per sample                 (paper D.6)
     grad      = weight * (u_T - u_A) / numel               the gradient of the loss to x
 
-With x = x_t and no weight this is the loss of the method; with x = x_0 and weight = 1 - t the gradient
-arrives at the clean sample directly.  x ``[B, ...]`` float32; the ends may be planes of one
-``[B, 2, ...]`` state buffer.  Traffic: 3 reads and 1 write per element; the seven eager operators
-move 17.
+With x = x_t and no weight this is the loss of the method; with x = x_0 and weight = 1 - t the
+gradient arrives at the clean sample directly.  x ``[B, ...]`` float32; the ends may be planes of
+one ``[B, 2, ...]`` state buffer.  Traffic: 3 reads and 1 write per element; the seven eager
+operators move 17.
 """
 
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 from mfd_fast.ops import reference
 from mfd_fast.ops.backend import register_cpu, register_cuda
 
-torch.library.define(
-    "mfd_fast::mfd_loss",
+_SCHEMA = (
     "(Tensor x, Tensor end_teacher, Tensor end_aux, Tensor span, Tensor? weight) "
-    "-> (Tensor loss, Tensor distance, Tensor grad)",
+    "-> (Tensor loss, Tensor distance, Tensor grad)"
 )
+torch.library.define("mfd_fast::mfd_loss", _SCHEMA)
+torch.library.define("mfd_fast::_mfd_loss_cuda", _SCHEMA)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -36,6 +37,8 @@ def _(x, end_teacher, end_aux, span, weight):
 
 def _reference(x, end_teacher, end_aux, span, weight):
     wide = _sum_dtype(x)
+    if x.numel() == 0:  # a mean over nothing would be NaN
+        return x.new_zeros((), dtype=wide), x.new_zeros(x.shape[:1], dtype=wide), x.clone()
     ends = (end_teacher.to(wide), end_aux.to(wide))
     loss, distance, grad = reference.mfd_loss(x.to(wide), *ends, span, weight)
     return loss, distance, grad.to(x.dtype)
@@ -72,6 +75,8 @@ def mfd_loss_from_ends(
     Returns:
         loss ``[]`` and distance ``[B]`` (float32; differentiate the loss), gradient like x.
     """
+    if x.ndim == 0:
+        raise ValueError("mfd_loss: x must be [B, ...]; got a scalar")
     for name, end in (("end_teacher", end_teacher), ("end_aux", end_aux)):
         if end.shape != x.shape or end.dtype != x.dtype or end.device != x.device:
             raise ValueError(
@@ -79,12 +84,18 @@ def mfd_loss_from_ends(
                 f"got {end.dtype} {list(end.shape)} on {end.device}"
             )
     for name, row in (("span", span), ("weight", weight)):
-        if row is not None and (row.shape != x.shape[:1] or row.dtype != torch.float32):
+        if row is not None and (
+            row.shape != x.shape[:1] or row.dtype != torch.float32 or row.device != x.device
+        ):
             raise ValueError(
-                f"mfd_loss: {name} must be torch.float32 [{x.shape[0]}]; got {row.dtype} {list(row.shape)}"
+                f"mfd_loss: {name} must be torch.float32 [{x.shape[0]}] on {x.device}; "
+                f"got {row.dtype} {list(row.shape)} on {row.device}"
             )
     end_teacher, end_aux = (_rows_contiguous(end) for end in (end_teacher, end_aux))
-    return torch.ops.mfd_fast.mfd_loss(x.contiguous(), end_teacher, end_aux, span, weight)
+    weight = None if weight is None else weight.contiguous()
+    return torch.ops.mfd_fast.mfd_loss(
+        x.contiguous(), end_teacher, end_aux, span.contiguous(), weight
+    )
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -93,7 +104,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def mfd_loss(x_t: Tensor, u_teacher: Tensor, u_aux: Tensor) -> Tensor:
-    """Stop-gradient Mean Flow Distillation loss ``mean(sg(u_teacher - u_aux) * x_t)``, float32 ``[]``.
+    """Mean Flow Distillation loss ``mean(stopgrad(u_teacher - u_aux) * x_t)``, float32 ``[]``.
 
     Args:
         x_t: noised student samples, ``[B, ...]``; ``d loss / d x_t = (u_teacher - u_aux) / numel``.
@@ -103,5 +114,5 @@ def mfd_loss(x_t: Tensor, u_teacher: Tensor, u_aux: Tensor) -> Tensor:
     Source: Eq. 20.  ``ValueError`` if shapes, dtypes or devices disagree.
     """
     one = torch.ones(x_t.shape[:1], dtype=torch.float32, device=x_t.device)
-    # (end_aux - end_teacher) / span with span = 1 and the two velocities in these places is u_T - u_A.
+    # (end_aux - end_teacher) / span with span = 1 and the velocities in these places is u_T - u_A.
     return mfd_loss_from_ends(x_t, u_aux.detach(), u_teacher.detach(), one)[0]

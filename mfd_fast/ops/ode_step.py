@@ -6,9 +6,9 @@
     x_in <- x in the model's dtype, on every lane of its trajectory
 
 x, h are ``[B, S, ...]`` float32, v and x_in ``[B, L, ...]`` in the model's dtype, coef ``[B, 5]``.
-Guided teacher and auxiliary: S = 2, L = 3, lanes (conditional, unconditional, auxiliary).  Traffic per
-sample and element at S = 2, L = 3 with bf16 lanes and no history: 4S + 4S + 2L + 2L = 28 bytes; the
-eight eager operators move 70.
+Guided teacher and auxiliary: S = 2, L = 3, lanes (conditional, unconditional, auxiliary).  Traffic
+per sample and element at S = 2, L = 3 with bf16 lanes and no history: 4S + 4S + 2L + 2L = 28 bytes;
+the eight eager operators move 70.
 """
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from mfd_fast.ops import reference
 from mfd_fast.ops.backend import register_cpu, register_cuda
 
-torch.library.define(
-    "mfd_fast::ode_step_",
-    "(Tensor(a!) x, Tensor v, Tensor(b!)? history, Tensor coef, float guidance, Tensor(c!)? x_in) -> ()",
+_SCHEMA = (
+    "(Tensor(a!) x, Tensor v, Tensor(b!)? history, Tensor coef, float guidance, Tensor(c!)? x_in)"
+    " -> ()"
 )
+torch.library.define("mfd_fast::ode_step_", _SCHEMA)
+torch.library.define("mfd_fast::_ode_step__cuda", _SCHEMA)
 
 
 @torch.library.register_fake("mfd_fast::ode_step_")
@@ -44,16 +46,23 @@ register_cuda("ode_step_", triton="mfd_fast.kernels.ode_step:ode_step_")
 
 def _check(x, v, history, coef, x_in) -> None:
     lanes = {x.shape[1], x.shape[1] + 1} if x.ndim >= 2 else set()
-    if v.ndim != x.ndim or v.shape[0] != x.shape[0] or v.shape[2:] != x.shape[2:] or (
-        v.shape[1] not in lanes
+    if (
+        v.ndim != x.ndim
+        or v.shape[0] != x.shape[0]
+        or v.shape[2:] != x.shape[2:]
+        or (v.shape[1] not in lanes)
     ):
         raise ValueError(
             f"ode_step_: v must be [B, S or S + 1, ...] for x [B, S, ...] = {list(x.shape)}; "
             f"got {list(v.shape)}"
         )
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if x.dtype != wide:
+        raise ValueError(f"ode_step_: x must be {wide} for v of {v.dtype}; got {x.dtype}")
     if coef.shape != (x.shape[0], 5) or coef.dtype != torch.float32:
         raise ValueError(
-            f"ode_step_: coef must be torch.float32 [{x.shape[0]}, 5]; got {coef.dtype} {list(coef.shape)}"
+            f"ode_step_: coef must be torch.float32 [{x.shape[0]}, 5]; "
+            f"got {coef.dtype} {list(coef.shape)}"
         )
     for name, tensor, like in (("history", history, x), ("x_in", x_in, v)):
         if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
