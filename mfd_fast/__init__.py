@@ -1,6 +1,8 @@
 """Distil flow-matching models into one- to four-step students by Mean Flow Distillation."""
 
+from mfd_fast.adapters import AdapterBank
 from mfd_fast.backbone import AUX, STUDENT, TEACHER, TEACHER_UNCOND, Backbone, CopiedBackbone, Lane
+from mfd_fast.captured import CapturedDistiller
 from mfd_fast.config import DistillConfig, OptimConfig
 from mfd_fast.distiller import Distiller
 from mfd_fast.flow import (
@@ -12,6 +14,7 @@ from mfd_fast.flow import (
 )
 from mfd_fast.integrate import generate, guided, mean_velocity
 from mfd_fast.ops import interpolate, mfd_loss
+from mfd_fast.shared_backbone import SharedBackbone
 
 __version__ = "0.1.0"
 
@@ -20,13 +23,16 @@ __all__ = [
     "STUDENT",
     "TEACHER",
     "TEACHER_UNCOND",
+    "AdapterBank",
     "Backbone",
+    "CapturedDistiller",
     "CopiedBackbone",
     "DistillConfig",
     "Distiller",
     "Lane",
     "OptimConfig",
     "Schedule",
+    "SharedBackbone",
     "dpm_flow_schedule",
     "generate",
     "guided",

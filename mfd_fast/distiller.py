@@ -117,10 +117,12 @@ class Distiller:
         if not (use_ema and self.ema):
             yield
             return
-        with swapped(self._student(), self.ema):
+        try:
+            with swapped(self._student(), self.ema):
+                self.backbone.refresh("student")
+                yield
+        finally:
             self.backbone.refresh("student")
-            yield
-        self.backbone.refresh("student")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a bit-exact continuation needs, besides the teacher."""

@@ -23,7 +23,7 @@ WARMUP_CALLS = 3  # lazily made state (optimizer moments, library workspaces) ex
 
 # Operators that read a device value on the host or whose result has a data-dependent shape.
 FORBIDDEN = {
-    "_local_scalar_dense": ".item(), .tolist(), float(tensor) or `if tensor:`",
+    "_local_scalar_dense": "a host read (item, tolist, float(tensor), if tensor)",
     "nonzero": "nonzero or boolean-mask indexing",
     "masked_select": "masked_select",
     "unique_dim": "unique",

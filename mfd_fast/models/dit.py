@@ -99,7 +99,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        nn.init.normal_(self.label_embedding.weight, std=0.5)
         for module in (self.modulation, self.patch_out):
             nn.init.zeros_(module.weight)
 
@@ -217,7 +217,7 @@ def save_dit(model: DiT, path: str | Path, metadata: Mapping[str, Any] | None = 
 
 
 def load_dit(path: str | Path) -> DiT:
-    """Read a ``DiT`` back from ``save_dit``'s file, bit for bit, on the CPU in eval mode.
+    """Read a ``DiT`` back from ``save_dit``'s file: float32, bit for bit, on the CPU, in eval mode.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -79,10 +79,12 @@ def load_weights(
 
 def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy ``tensors`` into ``network``; ``ValueError`` when names or shapes differ."""
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if different := sorted(expected.items() ^ found.items()):
+        name = different[0][0]
         raise ValueError(
-            f"expected the weights in {path} to fit the config in the same file, got other names "
-            f"or shapes; copy or train the file again ({error})"
-        ) from error
+            f"expected {name} of shape {expected.get(name, 'none')} in {path} to fit the config of "
+            f"the same file, got {found.get(name, 'none')}; copy or train the file again"
+        )
+    network.load_state_dict(tensors)

@@ -1,0 +1,1 @@
+"""Networks: small ones that ship with weights, and adapters for published models."""

@@ -1,0 +1,166 @@
+"""SharedBackbone: teacher, auxiliary and student as adapters of one frozen network.
+
+All lanes of all samples go through the network in one call; the adapters are added to the rows of
+the lanes that use them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mfd_fast.activation import apply_activation_policy
+from mfd_fast.adapters import AdapterBank, LaneAdapters, Patterns
+from mfd_fast.backbone import ROLES, Lane, Prepared, batch_size
+
+
+@dataclass(kw_only=True)
+class NetworkPrepared(Prepared):
+    """Rows that the network's own ``prepare`` made from the conditions of each set of lanes.
+
+    ``make_rows(cond rows [B * L, ...], lanes)`` runs once per set of lanes and grad mode.  The rows
+    belong to the adapters as they are then: prepare again after an update.  Rows made with gradient
+    stay in the autograd graph and serve all evaluations of one backward.
+    """
+
+    make_rows: Callable[[Any, tuple[Lane, ...]], Any]
+    _made: dict[tuple, Any] = field(default_factory=dict)
+
+    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
+        """What the network gets in place of cond, for the first n samples: ``[n * L, ...]``."""
+        key = (lanes, torch.is_grad_enabled())
+        if key not in self._made:
+            self._made[key] = self.make_rows(super().rows(lanes, self.batch), lanes)
+        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._made[key])
+
+
+class SharedBackbone(nn.Module):
+    """One frozen ``network(x, t, cond) -> v`` for all three roles.
+
+    Args:
+        network: the pretrained network; frozen and put in eval mode.  If it has a method
+            ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows (keys and
+            values of the cross-attentions, say), that is called once per trajectory under the same
+            adapters, and the network gets its result in place of cond.
+        adapters: the bank of this network, with adapters ``"aux"`` and ``"student"``; one of rank
+            64 on to_q, to_k, to_v if None.
+        sample_shape: shape of one sample, without the batch dimension.
+        null_cond: cond -> the null condition of the same shapes; needed for guidance other than 1.
+        dtype: what x is cast to before it enters the network; that of its parameters if None.
+        teacher_adapter: a frozen adapter of the bank (``AdapterBank.add_frozen``) that belongs to
+            every role: the teacher is network + adapter.
+        activation: what the forward with gradient keeps, ``"none"``, ``"cheap"`` or ``"block"``
+            (``activation.apply_activation_policy``); the last two need ``blocks``.
+        blocks: the repeated blocks of the network, by name.
+
+    ``ValueError`` if the bank belongs to another network or lacks an adapter.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        adapters: AdapterBank | None = None,
+        sample_shape: tuple[int, ...],
+        null_cond: Callable[[Any], Any] | None = None,
+        dtype: torch.dtype | None = None,
+        teacher_adapter: str | None = None,
+        activation: str = "none",
+        blocks: Patterns = (),
+    ):
+        super().__init__()
+        adapters = AdapterBank(network) if adapters is None else adapters
+        base = () if teacher_adapter is None else (teacher_adapter,)
+        _check_bank(network, adapters, base)
+        self.network = network.eval().requires_grad_(False)
+        self.adapters = adapters
+        self.adapters_of = {"teacher": base, "aux": (*base, "aux"), "student": (*base, "student")}
+        self.sample_shape = tuple(sample_shape)
+        self.null_cond = null_cond
+        first = next(network.parameters())
+        self.dtype = first.dtype if dtype is None else dtype
+        self.device = first.device
+        self.activation = apply_activation_policy(
+            network, activation, blocks, recompute_context=adapters.resumed
+        )
+
+    def prepare(self, cond: Any) -> Prepared:
+        """Compute once what is constant along a trajectory; leaves of cond are ``[B, ...]``."""
+        batch = batch_size(cond)
+        null = None if self.null_cond is None else self.null_cond(cond)
+        if not hasattr(self.network, "prepare"):
+            return Prepared(cond, null, batch)
+        return NetworkPrepared(cond, null, batch, make_rows=self._prepare_rows)
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]`` or ``[n, L]``, in one call.
+
+        ``ValueError`` if x does not have L lanes, or the network changes the shape of its input.
+        """
+        n, width = x.shape[:2]
+        if width != len(lanes) or n > prepared.batch:
+            raise ValueError(
+                f"x must be [n, {len(lanes)}, ...] with n <= {prepared.batch} for these lanes and "
+                f"this prepared condition; got {list(x.shape)}"
+            )
+        rows = x.flatten(0, 1).to(self.dtype)
+        times = (t if t.ndim == 2 else t[:, None].expand(n, width)).flatten()
+        conditions = prepared.rows(lanes, n)
+        with self.adapters.lanes(self._per_lane(lanes), rows=n * width):
+            v = self.network(rows, times, conditions)
+        if v.shape != rows.shape:
+            raise ValueError(
+                f"the network must return the shape of its input, {list(rows.shape)}; "
+                f"got {list(v.shape)}"
+            )
+        return v.unflatten(0, (n, width))
+
+    def lane_groups(self, lanes: tuple[Lane, ...]) -> tuple[tuple[Lane, ...], ...]:
+        """All lanes share one call."""
+        return (lanes,)
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """The flat master of the role's adapter; empty for the teacher."""
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {list(ROLES)}, got {role!r}")
+        return [] if role == "teacher" else self.adapters.parameters_of(role)
+
+    def refresh(self, role: str) -> None:
+        """To be called when the parameters of a role have changed; in place, capturable."""
+        if self.parameters_of(role):
+            self.adapters.refresh(role)
+
+    def _per_lane(self, lanes: tuple[Lane, ...]) -> LaneAdapters:
+        return tuple(self.adapters_of[lane.role] for lane in lanes)
+
+    def _prepare_rows(self, cond: Any, lanes: tuple[Lane, ...]) -> Any:
+        count = batch_size(cond)
+        with self.adapters.lanes(self._per_lane(lanes), rows=count):
+            made = self.network.prepare(cond)
+        shapes = [list(leaf.shape) for leaf in tree_leaves(made)]
+        if any(shape[:1] != [count] for shape in shapes):
+            raise ValueError(
+                f"the network's prepare must return tensors of {count} rows, as many as it got; "
+                f"got shapes {shapes}"
+            )
+        return made
+
+
+def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) -> None:
+    missing = [name for name in (*base, "aux", "student") if name not in bank.names]
+    if missing:
+        raise ValueError(f"the adapters lack {missing}; there is {list(bank.names)}")
+    if base and bank.parameters_of(base[0])[0].requires_grad:
+        raise ValueError(
+            f"teacher_adapter must be frozen, made by add_frozen; {base[0]!r} is trained"
+        )
+    modules = dict(network.named_modules())
+    for target in bank.targets:
+        if modules.get(target.name) is not target.module:
+            raise ValueError(
+                f"the adapters belong to another network: their {target.name} is not this "
+                "network's. Make the bank with the network you pass here"
+            )
