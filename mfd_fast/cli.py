@@ -5,6 +5,9 @@ stopped by the user.
 """
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,11 +80,13 @@ def pretrain(argv: list[str]) -> None:
             f"only the digits teacher is trained here, got {name!r}; there is ['digits']"
         )
     options, rest = _options(rest, out="runs/digits-teacher")
+    from mfd_fast.tasks.digits_eval import format_table
     from mfd_fast.tasks.digits_teacher import PretrainConfig
     from mfd_fast.tasks.digits_teacher import pretrain as pretrain_digits
 
     config = _parse(PretrainConfig, PretrainConfig(), rest, "mfd-fast pretrain digits")
-    pretrain_digits(config, Path(options.out))
+    metrics = pretrain_digits(config, Path(options.out))
+    print(format_table(metrics["evaluation"]))
 
 
 def sample(argv: list[str]) -> None:
@@ -171,14 +176,21 @@ def _parse(cls: type, default, argv: list[str], prog: str):
     """Apply ``--dotted.key value`` overrides to a config dataclass."""
     import tyro
 
-    config, unknown = tyro.cli(
-        cls,
-        default=default,
-        args=argv,
-        prog=prog,
-        return_unknown_args=True,
-        description=cls.__doc__,
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                cls,
+                default=default,
+                args=argv,
+                prog=prog,
+                return_unknown_args=True,
+                description=cls.__doc__,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help was printed
+        raise ValueError(_one_sentence(complaint.getvalue(), prog)) from None
     if unknown:
         key = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         known = list(_keys(to_dict(default)))
@@ -186,6 +198,14 @@ def _parse(cls: type, default, argv: list[str], prog: str):
             f"unknown setting {unknown[0]!r}; {prog} --help lists all{nearest(key, known)}"
         )
     return config
+
+
+def _one_sentence(box: str, prog: str) -> str:
+    """tyro draws its errors as a box; this is the sentence inside."""
+    lines = [line.strip("│╭╰╮╯|+ ") for line in box.splitlines()]
+    text = " ".join(line for line in lines if not set(line) <= set("─-"))
+    found = re.search(r"Error parsing (.*?) *(?:Argument helptext|For full helptext|$)", text)
+    return f"{found.group(1) if found else text.strip()}; {prog} --help lists every setting"
 
 
 def _keys(tree: dict, prefix: str = ""):

@@ -6,8 +6,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mfd_fast.config import RunConfig
+from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
+from mfd_fast.environment import environment
 from mfd_fast.run_folder import RESULTS, STUDENT, RunFolder
 from mfd_fast.tasks import Task, make_task
 from mfd_fast.trainer import train
@@ -35,7 +36,8 @@ def run_distillation(config: RunConfig, out: Path) -> RunFolder:
     run.write_json(
         RESULTS,
         {
-            "objective": config.distill.objective,
+            "environment": environment(distiller.backbone.device.type),
+            "config": to_dict(config),
             "seconds": seconds,
             "updates": distiller.num_updates,
             "skipped_updates": int(distiller.skipped),

@@ -41,7 +41,7 @@ def test_no_function_is_over_60_lines():
 
 # Architecture: imports point one way.  A module may import its own layer and lower ones.
 LAYERS = [
-    {"_ext", "ops", "kernels", "config"},
+    {"_ext", "ops", "kernels", "config", "environment"},
     {"flow", "solvers"},
     {"lora", "integrate", "backbone"},
     {"adapters"},
@@ -177,3 +177,10 @@ def test_public_signatures(function):
         names.append(parameter.name)
     assert f"({', '.join(names)})" == PUBLIC[function]
     assert "[b" in getattr(mfd_fast, function).__doc__.lower() or function == "guided"
+
+
+def test_readme_tables_are_what_the_results_say():
+    from bench.report import README, render
+
+    text = README.read_text()
+    assert render(text) == text, "run: python -m bench.report"

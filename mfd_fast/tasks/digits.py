@@ -10,29 +10,22 @@ from torch import Generator, Tensor
 from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.config import RunConfig
 from mfd_fast.distiller import Distiller
-from mfd_fast.integrate import generate
-from mfd_fast.models.dit import DiT, load_dit, save_dit
+from mfd_fast.models.dit import load_dit, save_dit
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.tasks.digits_classifier import NUM_CLASSES
-from mfd_fast.tasks.digits_eval import DiTSampler, draw_noise, evaluate_digits, format_table
+from mfd_fast.tasks.digits_eval import (
+    TEACHER_STEPS,
+    DiTSampler,
+    draw_noise,
+    evaluate_digits,
+    format_table,
+    sampler_name,
+    teacher_samplers,
+)
 from mfd_fast.tasks.digits_teacher import load_classifier, load_teacher
 
-TEACHER_STEPS = (50, 10, 5, 2, 1)
 EVALUATION_SEED = 1
 GRID_COLUMNS = 10
-
-
-class StudentSampler:
-    """``sampler(noise, labels) -> images``: the student's own K-step sampler, unguided."""
-
-    def __init__(self, model: DiT, steps: int, solver: str):
-        self.model, self.nfe, self.solver = model, steps, solver
-
-    def __call__(self, noise: Tensor, labels: Tensor) -> Tensor:
-        def velocity(x, t):
-            return self.model(x, t, labels)
-
-        return generate(velocity, noise, steps=self.nfe, solver=self.solver)
 
 
 class DigitsTask:
@@ -76,11 +69,13 @@ class DigitsTask:
             )
 
     def evaluate(self, run: RunFolder, num_samples: int) -> list[dict[str, Any]]:
-        samplers = self._teacher_samplers() | self._student_sampler(run)
+        samplers = teacher_samplers(
+            self.teacher, self.config.distill.guidance
+        ) | self._student_sampler(run)
         return evaluate_digits(
             samplers,
             classifier=load_classifier().to(self.device),
-            reference=_teacher_name(TEACHER_STEPS[0]),
+            reference=sampler_name("teacher", TEACHER_STEPS[0]),
             num_samples=num_samples,
             seed=EVALUATION_SEED,
         )
@@ -92,11 +87,14 @@ class DigitsTask:
         from mfd_fast.report.pictures import sample_grid, training_curves
 
         noise, labels = self._grid_noise(GRID_COLUMNS, EVALUATION_SEED)
-        teacher, student = self._teacher_samplers(), self._student_sampler(run)
+        teacher, student = (
+            teacher_samplers(self.teacher, self.config.distill.guidance),
+            self._student_sampler(run),
+        )
         shown = {
-            "teacher, 1 step": teacher[_teacher_name(1)],
+            "teacher, 1 step": teacher[sampler_name("teacher", 1)],
             next(iter(student)): next(iter(student.values())),
-            "teacher, 50 steps": teacher[_teacher_name(50)],
+            "teacher, 50 steps": teacher[sampler_name("teacher", 50)],
         }
         with torch.no_grad():
             rows = {name: sampler(noise, labels) for name, sampler in shown.items()}
@@ -120,23 +118,8 @@ class DigitsTask:
         labels = torch.arange(num, device=self.device) % NUM_CLASSES
         return draw_noise(num, seed, self.device), labels
 
-    def _teacher_samplers(self) -> dict[str, DiTSampler]:
-        guidance = self.config.distill.guidance
-        return {
-            _teacher_name(steps): DiTSampler(self.teacher, steps, guidance)
-            for steps in TEACHER_STEPS
-        }
-
-    def _student_sampler(self, run: RunFolder) -> dict[str, StudentSampler]:
+    def _student_sampler(self, run: RunFolder) -> dict[str, DiTSampler]:
         distill = self.config.distill
         model = load_dit(run / STUDENT).to(self.device).eval()
-        name = f"student, {_steps(distill.student_steps)}"
-        return {name: StudentSampler(model, distill.student_steps, distill.student_solver)}
-
-
-def _teacher_name(steps: int) -> str:
-    return f"teacher, {_steps(steps)}"
-
-
-def _steps(steps: int) -> str:
-    return "1 step" if steps == 1 else f"{steps} steps"
+        name = sampler_name("student", distill.student_steps)
+        return {name: DiTSampler(model, distill.student_steps, solver=distill.student_solver)}

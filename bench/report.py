@@ -1,0 +1,124 @@
+"""Renders the README's tables from the committed result files, and nothing else.
+
+python -m bench.report            # rewrite README.md between its markers
+python -m bench.report --check    # exit 1 if README.md and the results differ
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+README = ROOT / "README.md"
+
+DIGITS_COLUMNS = (
+    ("NFE", "nfe", "d"),
+    ("FD teacher", "frechet_to_teacher50", ".2f"),
+    ("FD data", "frechet_to_data", ".2f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("samples/s", "samples_per_s", ".0f"),
+)
+
+
+def read(name: str) -> dict | None:
+    """A committed result file, or None if it is not there."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """An aligned Markdown table; every column but the first is right-aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells):
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = (
+        "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|"
+    )
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def digits_table() -> str:
+    """Teacher and both students of ``mfd-fast distill digits``."""
+    runs = {name: read(f"digits_{name}_cpu.json") for name in ("mfd", "vsd")}
+    rows = []
+    for row in runs["mfd"]["table"]:
+        name = row["name"].replace("student", "student by MFD")
+        rows.append([name] + [format(row[key], form) for _, key, form in DIGITS_COLUMNS])
+    student = next(row for row in runs["vsd"]["table"] if row["name"].startswith("student"))
+    name = student["name"].replace("student", "student by VSD")
+    rows.append([name] + [format(student[key], form) for _, key, form in DIGITS_COLUMNS])
+    facts = runs["mfd"]["environment"]
+    seconds = ", ".join(f"{name.upper()} {run['seconds']:.0f} s" for name, run in runs.items())
+    updates = runs["mfd"]["updates"]
+    caption = (
+        f"`mfd-fast distill digits` with each objective: {updates['student']} student and "
+        f"{updates['aux']} auxiliary updates; training took {seconds} on {facts['device']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}."
+    )
+    return f"{markdown(['sampler', *(c[0] for c in DIGITS_COLUMNS)], rows)}\n\n{caption}"
+
+
+def operator_table() -> str:
+    """Every compiled CPU operator against eager PyTorch at its first large fp32 shape."""
+    rows, facts = [], None
+    for path in sorted(RESULTS.glob("*_cpu.json")):
+        result = json.loads(path.read_text())
+        if "op" not in result:
+            continue
+        facts = facts or result
+        for row in result["rows"]:
+            if row["impl"] != "ours" or row["dtype"] != "float32":
+                continue
+            eager = next(
+                r["us"]
+                for r in result["rows"]
+                if r["impl"] == "eager" and (r["shape"], r["dtype"]) == (row["shape"], row["dtype"])
+            )
+            spread = f"{row['us']:.0f} ({row['us_p10']:.0f}-{row['us_p90']:.0f})"
+            rows.append(
+                [f"`{result['op']}`, {row['shape']}", f"{eager:.0f}", spread,
+                 f"{row['speedup']:.2f}x", f"{row['copy_fraction']:.0%}"]
+            )  # fmt: skip
+    head = ["operator, shape, fp32", "eager us", "ours us (p10-p90)", "speed-up", "of copy"]
+    caption = (
+        f"`python -m bench.bench_NAME --out bench/results/NAME_cpu.json` on {facts['device']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}."
+    )
+    return f"{markdown(head, rows)}\n\n{caption}"
+
+
+TABLES = {"digits": digits_table, "operators": operator_table}
+
+
+def render(text: str) -> str:
+    """README text with every table between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end table -->)", re.DOTALL)
+        assert pattern.search(text), f"README.md has no markers for the {name} table"
+        table = make()
+        text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args = parser.parse_args()
+    before = README.read_text()
+    after = render(before)
+    if args.check:
+        return int(before != after)
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,64 @@
+"""What a result must say about where it was taken: device, driver, versions, commit, date."""
+
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The facts of one measurement on ``device`` (``"cpu"``, ``"cuda"``), ready for JSON."""
+    import torch
+
+    from mfd_fast._ext import build_info
+
+    is_cuda = torch.device(device).type == "cuda"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
+        "driver": driver.splitlines()[0] if is_cuda and driver else None,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "extension": build_info(),
+    }
+
+
+def commit() -> str:
+    """The commit, "-dirty" if the tree differs from it; MFD_COMMIT where there is no repository."""
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return os.environ.get("MFD_COMMIT", "unknown")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return head + ("-dirty" if changed else "")
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
