@@ -11,7 +11,7 @@ demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the res
 
 test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one worker a core: two threads each would fight
 
 lint: $(STAMP)-test
 	$(BIN)/ruff check .

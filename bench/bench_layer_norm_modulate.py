@@ -46,14 +46,14 @@ def cases(device: str, smoke: bool) -> Iterator[Case]:
         "compile": torch.compile(eager, dynamic=False),
         "ours": layer_norm_modulate,
     }
-    tokens = 64 if smoke else TOKENS
+    name, tokens = ("smoke", 64) if smoke else ("sana-1024", TOKENS)
     for lanes, samples in LANES[:1] if smoke else LANES:
         for dtype in (torch.float32, torch.bfloat16):
             for train in (False, True):
                 num_bytes = lanes * tokens * CHANNELS * dtype.itemsize
                 exact = reference.layer_norm_modulate
                 yield Case(
-                    shape=f"sana-1024 x{lanes}" + (" train" if train else ""),
+                    shape=f"{name} x{lanes}" + (" train" if train else ""),
                     dtype=str(dtype).removeprefix("torch."),
                     impls={n: partial(step, f) if train else f for n, f in forwards.items()},
                     inputs=partial(_inputs, lanes, samples, tokens, dtype, device, train),

@@ -1,8 +1,8 @@
 """A diffusers + accelerate script, plus Mean Flow Distillation.  Added lines end in `# mfd`.
 
-The stock part is the usual one: Accelerator, a diffusers transformer, a loader of prompt embeddings.
-Here the transformer is a small random SANA, so that it runs anywhere; put your checkpoint in its place:
-python examples/diffusers_accelerate.py
+The stock part is the usual one: Accelerator, a diffusers transformer, a loader of prompt
+embeddings. Here the transformer is a small random SANA, so that it runs anywhere; put your
+checkpoint in its place: python examples/diffusers_accelerate.py
 """
 
 import torch

@@ -1,6 +1,7 @@
 """A training loop of your own, plus Mean Flow Distillation.  Added lines end in `# mfd`.
 
-The stock script loads a pretrained flow-matching network and loops over a data set; here both are small
+The stock script loads a pretrained flow-matching network and loops over a data set; here both are
+small
 and made on the spot, so that it runs anywhere: python examples/plain_pytorch.py
 """
 

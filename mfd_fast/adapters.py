@@ -113,6 +113,8 @@ class AdapterBank(nn.Module):
             hook = partial(self._after_target, index)
             target.module.register_forward_hook(hook, with_kwargs=True)
         self.register_load_state_dict_post_hook(_refresh_all)
+        if hasattr(network, "use_adapters"):  # a network that adds packed adapters by itself
+            network.use_adapters(self)
 
     @property
     def names(self) -> tuple[str, ...]:

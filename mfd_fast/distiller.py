@@ -190,7 +190,7 @@ class Distiller:
         x_t, target = interpolate_with_target(x0, self._noise(len(x0)), t)
         lanes, times = x_t.unflatten(0, (-1, draws)), t.unflatten(0, (-1, draws))
         v = self.backbone.forward(lanes, times, prepared, (AUX,) * draws)
-        loss = torch.nn.functional.mse_loss(v.float().flatten(0, 1), target)
+        loss = torch.nn.functional.mse_loss(v.flatten(0, 1).to(target.dtype), target)
         self._backward("aux", loss)
         return loss.detach()
 

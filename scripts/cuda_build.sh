@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 venv=${MFD_CUDA_VENV:-.venv-cuda}
 python=$venv/bin/python
 if [ ! -x "$python" ]; then python3 -m venv "$venv"; fi
-if ! "$python" -c 'import torch, cmake, ninja, pybind11; assert torch.version.cuda' 2>/dev/null; then
-  "$python" -m pip install --quiet torch==2.14.1 numpy safetensors cmake ninja pybind11 setuptools
+if ! "$python" -c 'import torch, cmake, ninja; assert torch.version.cuda' 2>/dev/null; then
+  "$python" -m pip install --quiet torch==2.14.1 numpy safetensors cmake ninja setuptools
 fi
 export PATH="$(cd "$venv/bin" && pwd):$PATH"
 

@@ -76,7 +76,7 @@ def test_bad_keys_and_values_are_named(tree, message):
 
 def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(
-        ValueError, match="unknown preset 'digit'; there is .*did you mean 'digits'"
+        ValueError, match=r"unknown preset 'digit'; there is .*did you mean 'digits'"
     ):
         preset("digit")
 

@@ -1,5 +1,5 @@
-// The Python module mfd_fast._C.  Importing it registers every operator of csrc/bindings; the module
-// itself only says how it was built (`mfd-fast info` prints it).
+// The Python module mfd_fast._C.  Importing it registers every operator of csrc/bindings; the
+// module itself only says how it was built (`mfd-fast info` prints it).
 #include <pybind11/pybind11.h>
 
 #ifndef MFD_BUILD_CUDA_ARCHS

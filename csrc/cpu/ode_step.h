@@ -6,9 +6,9 @@
 //   h'_s  = p x_s + q v_s                      what the solver remembers (optional)
 //   input = x'_s in the model's dtype, written to every lane of that trajectory (optional)
 //
-// x, h [batch, trajectories, n]; v, input [batch, lanes, n]; lanes = trajectories (+ 1 if guided: lane
-// 0 conditional, lane 1 unconditional).  Traffic per trajectory and element: x read and written, its
-// lanes read (and inputs written); h read and written only when it is there.
+// x, h [batch, trajectories, n]; v, input [batch, lanes, n]; lanes = trajectories (+ 1 if guided:
+// lane 0 conditional, lane 1 unconditional).  Traffic per trajectory and element: x read and
+// written, its lanes read (and inputs written); h read and written only when it is there.
 #include "cpu/scalar.h"
 
 namespace mfd {
@@ -17,9 +17,9 @@ template <typename X, typename V>
 struct OdeStepParams {
   X* x;
   const V* v;
-  X* history;          // null: single-step solver
-  const float* coef;   // [batch, 5]
-  V* input;            // null: the model reads x itself
+  X* history;         // null: single-step solver
+  const float* coef;  // [batch, 5]
+  V* input;           // null: the model reads x itself
   float guidance;
   bool guided;
   int64_t trajectories, lanes, n;

@@ -1,6 +1,6 @@
 #pragma once
-// Element types of the CPU kernels.  Arithmetic is done in accumulate_t<T>: float for everything but
-// double.  Torch-free: bf16 and fp16 are 16 stored bits with the conversions the kernels need.
+// Element types of the CPU kernels.  Arithmetic is done in accumulate_t<T>: float for everything
+// but double.  Torch-free: bf16 and fp16 are 16 stored bits with the conversions the kernels need.
 #include <bit>
 #include <cstdint>
 #include <type_traits>
@@ -26,7 +26,8 @@ using fp16 = _Float16;
 template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// A flat range [begin, end) of a [rows, n] array, cut at row ends: f(row, first column, end column).
+// A flat range [begin, end) of a [rows, n] array, cut at row ends: f(row, first column, end
+// column).
 template <typename F>
 inline void for_row_segments(int64_t begin, int64_t end, int64_t n, const F& f) {
   while (begin < end) {

@@ -5,6 +5,7 @@ tests run them in float64, and a CPU without the compiled extension runs them in
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -49,3 +50,134 @@ def mfd_loss(
         diff = diff * per_sample(weight, x)
     grad = (diff / x.numel()).to(x.dtype)
     return (diff * x).mean(), distance, grad
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the type of its statistics: float64 stays, everything else is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def by_sample(x: Tensor, rows: Tensor | None) -> Tensor:
+    """``[R, ..., C]`` -> wide ``[S, M, C]``: the R / S lanes of a sample follow each other."""
+    samples = 1 if rows is None else rows.shape[0]
+    return wide(x).reshape(samples, x.shape[:-1].numel() // max(samples, 1), x.shape[-1])
+
+
+def modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None, gain: Tensor | None) -> Tensor:
+    """``x * gain * (1 + scale_s) + shift_s`` for x ``[S, M, C]``; what is None is left out."""
+    factor = 1 if gain is None else wide(gain)
+    if scale is not None:
+        factor = factor * (1 + wide(scale).unsqueeze(1))
+    return x * factor if shift is None else torch.addcmul(wide(shift).unsqueeze(1), x, factor)
+
+
+def normalise(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``(x - mean) * rstd`` over the last dimension, mean and rstd; kinds "layer", "rms", "l2"."""
+    if kind == "layer":
+        return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    norm = x.norm(dim=-1, keepdim=True)
+    if kind == "rms":
+        rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+    else:
+        rstd = x.shape[-1] ** 0.5 / norm.clamp_min(eps)
+    return x * rstd, x.new_zeros(()), rstd
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "layer",
+) -> Tensor:
+    """``norm(x) [* gain] * (1 + scale_s) + shift_s``; x ``[R, T, C]``, rows ``[S, C]``."""
+    xhat, _, _ = normalise(by_sample(x, scale), eps, kind)
+    return modulate(xhat, scale, shift, gain).reshape(x.shape).to(x.dtype)
+
+
+def rms_norm_modulate_silu(
+    x: Tensor,
+    gain: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    """SiLU of ``x / max(|x|, eps) * sqrt(C) * gain [* (1 + scale_s) + shift_s]``."""
+    xhat, _, _ = normalise(by_sample(x, scale), eps, "l2")
+    z = modulate(xhat, scale, shift, gain)
+    return (z * z.sigmoid()).reshape(x.shape).to(x.dtype)
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, eps: float, kind: str
+) -> Tensor:
+    """The gradient of :func:`normalise` to x from the one to its first result."""
+    if kind == "layer":
+        args = (grad, x, x.shape[-1:], mean, rstd, None, None, (True, False, False))
+        return torch.ops.aten.native_layer_norm_backward(*args)[0]
+    inner = rstd.square() * (grad * x).mean(-1, keepdim=True)
+    if kind == "l2":  # a row under the least norm was divided by a constant
+        inner = inner * (rstd < x.shape[-1] ** 0.5 / eps * (1 - 1e-6))
+    return torch.addcmul(grad, x, inner, value=-1) * rstd
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x + gate_s * (y + bias)``; x, y ``[R, T, C]``, gate ``[S, C]``."""
+    y = by_sample(y, gate) if bias is None else by_sample(y, gate) + wide(bias)
+    out = torch.addcmul(by_sample(x, gate), wide(gate).unsqueeze(1), y)
+    return out.reshape(x.shape).to(x.dtype)
+
+
+def glu_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, in_bias: Tensor | None, height: int, width: int
+) -> Tensor:
+    """SiLU, depthwise 3x3, first half times SiLU of the second; x ``[R, T, 2C]``."""
+    a = F.silu(x if in_bias is None else x + in_bias)
+    image = a.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    z = F.conv2d(image, weight, bias, padding=1, groups=weight.shape[0])
+    value, gate = z.flatten(2).mT.chunk(2, dim=-1)
+    return (value * F.silu(gate)).contiguous()
+
+
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, row_major: bool, scale: float
+) -> Tensor:
+    """Attention in each row; q, k, v ``[N, T, H, D]``, bias ``[H, T, T]`` -> ``[N, T, H D]``.
+
+    ``row_major`` views the result ``[N, H, T, D]`` as ``[N, T, H D]`` as it lies in memory; the
+    normal merge transposes heads and tokens first.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = scale * (q @ k.mT)
+    probabilities = torch.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
+    out = probabilities @ v
+    rows, heads, tokens, width = out.shape
+    return (out if row_major else out.transpose(1, 2)).reshape(rows, tokens, heads * width)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> tuple[Tensor, Tensor]:
+    """ReLU linear attention ``[R, T, H * D]`` and its state ``[R, H, D + 1, D]``, summed wide.
+
+    The last row of the state is the sum of the keys (the values padded with a one): the normaliser.
+    """
+    q, k = wide(q.relu()), wide(k.relu())
+    v_and_one = torch.nn.functional.pad(wide(v), (0, 1), value=1.0)
+    state = torch.einsum("rthe,rthd->rhed", v_and_one, k)
+    out = torch.einsum("rhed,rthd->rthe", state, q)
+    out = out[..., :-1] / (out[..., -1:] + eps)
+    return out.flatten(2).to(v.dtype), state
+
+
+def segmented_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, scale: float
+) -> Tensor:
+    """``y[r] + scale (x[r] A^T) B^T`` for every row r with an adapter, in PEFT's order.
+
+    y ``[R, T, G * Cout]``, x ``[R, T, Cin]``, A ``[K, G, rank, Cin]``, B ``[K, G, Cout, rank]``,
+    rows ``[R]``: which of the K adapters, or -1; G targets share the input.
+    """
+    adapter = rows.clamp(min=0).long()
+    a, b = a[adapter].to(x.dtype), b[adapter].to(x.dtype)
+    deltas = [(x @ a[:, g].mT @ b[:, g].mT) * scale for g in range(a.shape[1])]
+    return torch.where((rows >= 0)[:, None, None], y + torch.cat(deltas, dim=-1), y)

@@ -1,0 +1,75 @@
+"""OccFM's RMS norm + modulation per sample + SiLU on channels-last activations: launchers.
+
+    z = x / max(|x|_2, eps) * sqrt(C) * gain [* (1 + scale_s) + shift_s]
+    y = z * sigmoid(z)
+
+x [N, ..., C], gain [C], scale and shift [S, C] (any row stride, S a divisor of N) or None.  The
+kernels, their traffic and their launch shapes are in ``norm_modulate*.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from mfd_fast.kernels import CompileCase
+from mfd_fast.kernels.column_sum import finish
+from mfd_fast.kernels.norm_modulate import forward
+from mfd_fast.kernels.norm_modulate_backward import backward, compile_cases
+
+
+def rms_norm_modulate_silu(
+    x: Tensor, gain: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(y, rstd).  Inputs are already validated by ``mfd_fast.ops``."""
+    y, _, rstd = forward(x, scale, shift, gain, eps=eps, kind="l2", silu=True)
+    return y, rstd
+
+
+def rms_norm_modulate_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    gain: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, gain, scale and shift; the last three empty unless ``with_sums``."""
+    grad_x, sums = backward(
+        grad,
+        x,
+        scale,
+        shift,
+        gain,
+        rstd,
+        rstd,
+        kind="l2",
+        silu=True,
+        with_sums=with_sums,
+        eps=eps,
+    )
+    grad_gain = torch.empty_like(gain) if with_sums else gain.new_empty(0)
+    if with_sums and scale is not None:
+        grad_scale, grad_shift = scale.new_empty(2, *scale.shape).unbind(0)
+    else:
+        grad_scale, grad_shift = gain.new_empty(2, 0).unbind(0)
+    if sums is not None:
+        finish(
+            sums,
+            first=None if scale is None else grad_scale,
+            second=None if scale is None else grad_shift,
+            total=grad_gain,
+            factor=gain,
+            weight=scale,
+            offset=1.0,
+        )
+    return grad_x, grad_gain, grad_scale, grad_shift
+
+
+COMPILE_CASES: tuple[CompileCase, ...] = (
+    *compile_cases("fp16", 64, "l2", silu=True, gain=True),
+    *compile_cases("fp16", 128, "l2", silu=True, gain=True, modulated=False),
+    *compile_cases("fp16", 256, "l2", silu=True, gain=True),
+    *compile_cases("bf16", 256, "l2", silu=True, gain=True),
+    *compile_cases("fp32", 64, "l2", silu=True, gain=True),
+)

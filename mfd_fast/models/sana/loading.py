@@ -1,0 +1,223 @@
+"""Loading a SANA transformer from diffusers' folder layout: JSON and safetensors, no pickles.
+
+    FOLDER/transformer/config.json
+    FOLDER/transformer/diffusion_pytorch_model[.VARIANT].safetensors
+    or, sharded,       diffusion_pytorch_model.safetensors.index[.VARIANT].json and its shards
+
+FOLDER may also be the transformer folder itself, or a model id of the Hugging Face hub, of which
+only those files are fetched (or found in the cache, offline).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mfd_fast.models.sana.config import SanaConfig
+from mfd_fast.models.sana.network import SanaNetwork
+
+SUBFOLDER = "transformer"
+CONFIG = "config.json"
+STEM = "diffusion_pytorch_model"
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MAX_NAMED = 4  # tensors named in an error
+
+
+def load_sana_transformer(
+    folder_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    time_table: bool = False,
+) -> SanaNetwork:
+    """The network of a checkpoint, frozen and in eval mode.
+
+    Args:
+        folder_or_id: a folder that diffusers' ``save_pretrained`` wrote (of a pipeline or of its
+            transformer alone), or a model id such as ``"owner/name"``.
+        revision: branch, tag or commit of a model id.
+        variant: the part of the file names that diffusers calls so (``"fp16"``).
+        dtype: what the weights are cast to as they are read; float32, bfloat16 or float64.
+        device: where they are put, one tensor at a time: nothing is held twice.
+        time_table: see ``SanaNetwork``.
+
+    Raises:
+        FileNotFoundError: names the folder, model or file that is missing.
+        ValueError: a file that is broken, a config or tensors that do not fit, by name.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {list(DTYPES)}, got {dtype}; SANA's activations leave the range "
+            "of float16"
+        )
+    folder = _transformer_folder(folder_or_id, revision, variant)
+    config = _read_config(folder / CONFIG)
+    files = _weight_files(folder, variant)
+    with torch.device("meta"):
+        network = SanaNetwork(config, time_table=time_table).to(dtype)
+    _check_tensors(network, files, folder)
+    network.to_empty(device=device)
+    _read_tensors(network, files)
+    return network.eval().requires_grad_(False)
+
+
+def _transformer_folder(
+    folder_or_id: str | Path, revision: str | None, variant: str | None
+) -> Path:
+    path = Path(folder_or_id)
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision!r} belongs to a model id; {path} is a local folder"
+            )
+        folder = path / SUBFOLDER if (path / SUBFOLDER).is_dir() else path
+    else:
+        folder = _from_hub(str(folder_or_id), revision, variant) / SUBFOLDER
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; expected the folder of a diffusers pipeline with "
+            f"{SUBFOLDER}/{CONFIG}, or its {SUBFOLDER} folder"
+        )
+    return folder
+
+
+def _from_hub(model_id: str, revision: str | None, variant: str | None) -> Path:
+    """The snapshot of a model, with no other files than the transformer's."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    middle = "" if variant is None else f".{variant}"
+    patterns = [
+        CONFIG,
+        f"{STEM}{middle}.safetensors",
+        f"{STEM}{middle}-*.safetensors",
+        _index_name(variant),
+    ]
+    if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{model_id!r} is neither a folder nor a model id of the form owner/name"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                model_id,
+                revision=revision,
+                allow_patterns=[f"{SUBFOLDER}/{pattern}" for pattern in patterns],
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"{model_id!r} is no local folder, and the model{at} is neither in the Hugging Face "
+            f"cache nor could it be fetched ({reason[0]}); give the path of a local copy, or "
+            "connect once"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _read_config(path: Path) -> SanaConfig:
+    try:
+        return SanaConfig.from_dict(_read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _index_name(variant: str | None) -> str:
+    middle = "" if variant is None else f".{variant}"
+    return f"{STEM}.safetensors.index{middle}.json"
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files with the weights, all of which exist."""
+    middle = "" if variant is None else f".{variant}"
+    single, index = folder / f"{STEM}{middle}.safetensors", folder / _index_name(variant)
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        there = sorted(path.name for path in folder.iterdir() if path.name.startswith(STEM))
+        pickled = [name for name in there if name.endswith(".bin")]
+        hint = (
+            "only safetensors are read: convert the .bin with diffusers' save_pretrained"
+            if pickled and pickled == there
+            else "check the folder and the variant"
+        )
+        raise FileNotFoundError(
+            f"{folder} has neither {single.name} nor {index.name}; of the weights it has "
+            f"{there}: {hint}"
+        )
+    names = _read_json(index).get("weight_map")
+    is_map = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not is_map or any(Path(name).name != name for name in names.values()):
+        raise ValueError(
+            f"{index} must hold a weight_map from tensors to files of its own folder; copy it again"
+        )
+    shards = [folder / name for name in sorted(set(names.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing} of the {len(shards)} files that {index.name} lists; "
+            "copy or download it again"
+        )
+    return shards
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def _check_tensors(network: SanaNetwork, files: list[Path], folder: Path) -> None:
+    """Compare names and shapes before anything is read; ``ValueError`` names what differs."""
+    found: dict[str, list[int]] = {}
+    for path in files:
+        with _open(path) as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    faults = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "not of this network": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {found[name]} in place of {wanted[name]}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name] != wanted[name]
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+        raise ValueError(
+            f"the tensors in {folder} do not fit its {CONFIG}: {listed}. Copy both again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{names[:MAX_NAMED]}{more}"
+
+
+@torch.no_grad()
+def _read_tensors(network: SanaNetwork, files: list[Path]) -> None:
+    """Copy every tensor into the network's own, cast and moved on the way."""
+    targets: Mapping[str, Tensor] = network.state_dict()
+    for path in files:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                targets[name].copy_(file.get_tensor(name))

@@ -1,0 +1,135 @@
+"""SANA's ReLU linear attention, softmax-free: O(T) in tokens, no fp32 copies of q, k and v.
+
+    state  = sum_t [v_t; 1] relu(k_t)^T                         fp32, [D + 1, D] per head
+    out_t  = (state[:D] relu(q_t)) / (state[D] relu(q_t) + eps)
+
+q, k, v are ``[R, T, H, D]`` views with a contiguous last dimension and any other strides: slices of
+one fused product ``[R, T, 3 * H * D]`` are taken as they are.  R rows (lanes), T tokens, H heads of
+width D.  out is ``[R, T, H * D]`` contiguous in their dtype.
+
+Traffic: 3 reads and 1 write of R * T * H * D elements (18.4 MB a row of SANA 1024px in bf16) and a
+state that stays in the cache; diffusers' processor, which this replaces, casts q, k and v to fp32,
+pads v and transposes twice: 7 more passes, most of them in fp32.  The backward reads q, k, v and
+the gradient once each, writes three gradients, and keeps nothing but q, k, v and the state.
+
+``kernels/dot.py`` says how an fp32 state meets 16-bit operands in tensor cores, and the error.
+"""
+
+import torch
+from torch import Tensor
+
+from mfd_fast.ops import reference
+from mfd_fast.ops.backend import register_cpu, register_cuda
+
+torch.library.define(
+    "mfd_fast::linear_attention",
+    "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor out, Tensor state)",
+)
+# The gradients of q, k and v side by side, [R, T, 3, H, D]: one buffer, as the fused product is.
+torch.library.define(
+    "mfd_fast::_linear_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor state, float eps) -> Tensor",
+)
+
+WIDTHS = (4, 8, 16, 32, 64)
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("mfd_fast::linear_attention")
+def _(q, k, v, eps):
+    rows, tokens, heads, width = q.shape
+    state = q.new_empty((rows, heads, width + 1, width), dtype=_state_dtype(q))
+    return q.new_empty((rows, tokens, heads * width)), state
+
+
+@torch.library.register_fake("mfd_fast::_linear_attention_backward")
+def _(grad, q, k, v, state, eps):
+    rows, tokens, heads, width = q.shape
+    return q.new_empty((rows, tokens, 3, heads, width))
+
+
+def _reference_backward(grad, q, k, v, state, eps):
+    q_relu, k_relu = reference.wide(q.relu()), reference.wide(k.relu())
+    grad = reference.wide(grad.unflatten(2, q.shape[2:]))
+    out = torch.einsum("rhed,rthd->rthe", state, q_relu)
+    inverse = 1 / (out[..., -1:] + eps)
+    grad_norm = -(grad * out[..., :-1]).sum(-1, keepdim=True) * inverse
+    grad_state_row = torch.cat([grad, grad_norm], dim=-1)  # the gradient of state q', times n
+    grad_q = torch.einsum("rthe,rhed->rthd", grad_state_row, state) * inverse
+    grad_state = torch.einsum("rthe,rthd->rhed", grad_state_row, q_relu * inverse)
+    v_and_one = torch.nn.functional.pad(reference.wide(v), (0, 1), value=1.0)
+    grad_k = torch.einsum("rhed,rthe->rthd", grad_state, v_and_one)
+    grad_v = torch.einsum("rhed,rthd->rthe", grad_state[:, :, :-1], k_relu)
+    grad_q, grad_k = grad_q.masked_fill(q <= 0, 0), grad_k.masked_fill(k <= 0, 0)
+    return torch.stack([grad_q, grad_k, grad_v], dim=2).to(q.dtype)
+
+
+register_cpu("linear_attention", reference.linear_attention)
+register_cuda("linear_attention", triton="mfd_fast.kernels.linear_attention:linear_attention")
+register_cpu("_linear_attention_backward", _reference_backward)
+register_cuda(
+    "_linear_attention_backward",
+    triton="mfd_fast.kernels.linear_attention_backward:linear_attention_backward",
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, output[1])
+
+
+def _backward(ctx, grad, _state):
+    q, k, v, state = ctx.saved_tensors
+    grads = torch.ops.mfd_fast._linear_attention_backward(
+        grad.contiguous(), q, k, v, state, ctx.eps
+    )
+    return *grads.unbind(2), None
+
+
+torch.library.register_autograd(
+    "mfd_fast::linear_attention", _backward, setup_context=_setup_context
+)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or q.shape[3] not in WIDTHS:
+        raise ValueError(
+            f"linear_attention: q must be [R, T, H, D] with D one of {list(WIDTHS)}; "
+            f"got {list(q.shape)}"
+        )
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if q.dtype not in dtypes and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        raise ValueError(
+            f"linear_attention: q must be one of {list(dtypes)}, or torch.float64 on the CPU; "
+            f"got {q.dtype} on {q.device}"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"linear_attention: {name} must be like q, {q.dtype} {list(q.shape)} on "
+                f"{q.device}; got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(
+                f"linear_attention: {name} must have a contiguous last dimension; "
+                f"got strides {list(x.stride())}"
+            )
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15) -> Tensor:
+    """ReLU linear attention over all tokens, ``[R, T, H * D]`` in the dtype of q.
+
+    Args:
+        q, k, v: ``[R, T, H, D]``, D a power of two from 4 to 64; the last dimension contiguous,
+            otherwise any strides.  The gradient flows to all three.
+        eps: added to the normaliser; a token whose relu(q) is zero gets zero.
+
+    Source: diffusers' SanaLinearAttnProcessor2_0, between its projections.  ``ValueError`` if
+    shapes, dtypes or devices disagree.
+    """
+    _check(q, k, v)
+    return torch.ops.mfd_fast.linear_attention(q, k, v, eps)[0]

@@ -1,0 +1,85 @@
+"""The checks of test_linear_attention and test_segmented_lora fail for bugs planted in the kernels.
+
+As in test_planted_bugs: each bug is in the text of a Triton kernel, and the very check that the
+test file makes has to raise; an unchanged copy has to pass.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import test_linear_attention
+import test_segmented_lora
+import torch
+from test_planted_bugs import load, with_room
+
+from mfd_fast.kernels import linear_attention as forward_kernel
+
+BUGS = {
+    "linear_attention": {
+        "wrong sign": ("tl.where(wide < 0, 0.0, wide)", "tl.where(wide > 0, 0.0, wide)"),
+        "missing mask": (
+            "tl.load(k_ptr + t * k_token + d[None, :], mask=mask",
+            "tl.load(k_ptr + t * k_token + d[None, :], mask=in_width",
+        ),
+        "wrong stride": ("row * k_row + head * k_head", "row * k_row + head * k_token"),
+        "partial states left out": ("tl.static_range(1, SPLITS)", "tl.static_range(1, 1)"),
+    },
+    "linear_attention_backward": {
+        "wrong sign": ("-c * keys[None, :]", "c * keys[None, :]"),
+        "missing mask": ("tl.where(raw.to(tl.float32) <= 0, 0.0, dq)", "dq"),
+        "wrong stride": ("grad_q_ptr + step * 3", "grad_q_ptr + step * 2"),
+        "range of tokens left out": ("first = split * range_tokens", "first = 2 * range_tokens"),
+    },
+    "segmented_lora": {
+        "wrong sign": ("total *= scale", "total *= -scale"),
+        "missing mask": ("tl.load(rows_ptr + row)\n", "tl.maximum(tl.load(rows_ptr + row), 0)\n"),
+        "wrong stride": ("group * X_OUTER", "group * 0"),
+        "rows of every adapter": ("if tl.load(rows_ptr + row) == adapter", "if row >= 0"),
+    },
+}
+
+
+def attention_inputs(device):
+    """Two ranges of tokens, the second ragged, with room around the fused product."""
+    shape = (2, forward_kernel.SPLIT_TOKENS + 37, 2, 8)
+    q, *_ = test_linear_attention.make_inputs(shape, torch.float32, device)
+    fused = with_room(q._base)
+    return fused.view(*shape[:2], 3, *shape[2:]).unbind(2)
+
+
+def check_linear_attention(kernel, device):
+    test_linear_attention.assert_accurate(kernel.linear_attention, attention_inputs(device))
+
+
+def check_linear_attention_backward(kernel, device):
+    test_linear_attention.assert_backward_accurate(
+        forward_kernel.linear_attention, kernel.linear_attention_backward, attention_inputs(device)
+    )
+
+
+def check_segmented_lora(kernel, device):
+    shape = (10, 20, 2, 18, 5, (-1, 1, 0))
+    y, x, a, b, rows = test_segmented_lora.make_inputs(shape, torch.float32, device)
+    args = [with_room(y), with_room(x), with_room(a), with_room(b), rows]
+    launchers = SimpleNamespace(**vars(kernel))
+    test_segmented_lora.assert_accurate(launchers, args)
+    test_segmented_lora.assert_backward_accurate(launchers, args)
+
+
+CHECKS = {
+    "linear_attention": check_linear_attention,
+    "linear_attention_backward": check_linear_attention_backward,
+    "segmented_lora": check_segmented_lora,
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_unchanged_copy_passes(name, tmp_path, triton_device):
+    CHECKS[name](load(name, tmp_path, None), triton_device)
+
+
+@pytest.mark.parametrize(("name", "bug"), [(name, bug) for name in BUGS for bug in BUGS[name]])
+def test_bug_is_caught(name, bug, tmp_path, triton_device):
+    faulty = load(name, tmp_path, BUGS[name][bug])
+    with pytest.raises(AssertionError, match=r"relative error|non-finite"):
+        CHECKS[name](faulty, triton_device)
