@@ -141,14 +141,18 @@ class TrainConfig:
     """Samples per update."""
     log_every: int = 10
     """Metrics are read from the device and written every this many student updates."""
-    device: str = "auto"
-    """``auto`` (cuda if there is one), ``cpu`` or ``cuda``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes cuda if there is one."""
+    capture: bool = False
+    """Run the phases of every update as CUDA graphs; needs an NVIDIA GPU."""
+    activation: Literal["none", "cheap", "block"] = "none"
+    """What the student's forward recomputes in its backward: nothing, pointwise operators,
+    blocks.
+    """
 
     def __post_init__(self):
         for name in ("updates", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
-        _require(self.device in ("auto", "cpu", "cuda"), "train.device", "auto, cpu or cuda",
-                 repr(self.device))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mfd_fast.captured import CapturedDistiller
 from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
 from mfd_fast.environment import environment
@@ -21,7 +22,8 @@ def run_distillation(config: RunConfig, out: Path) -> RunFolder:
     setting is unusable.
     """
     task = make_task(config)
-    distiller = Distiller(task.backbone(), config.distill)
+    make = CapturedDistiller if config.train.capture else Distiller
+    distiller = make(task.backbone(), config.distill)
     next_cond = task.conditions()
     run = RunFolder.create(out, config)
     print(f"distilling {config.preset} by {config.distill.objective} into {run.path}")

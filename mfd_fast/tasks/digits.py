@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from mfd_fast.activation import apply_activation_policy
 from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.config import RunConfig
 from mfd_fast.distiller import Distiller
@@ -26,6 +27,7 @@ from mfd_fast.tasks.digits_teacher import load_classifier, load_teacher
 
 EVALUATION_SEED = 1
 GRID_COLUMNS = 10
+BLOCKS = r"blocks\.\d+"
 
 
 class DigitsTask:
@@ -43,9 +45,11 @@ class DigitsTask:
     def backbone(self) -> CopiedBackbone:
         shape = (self.teacher.config.channels, *(self.teacher.config.image_size,) * 2)
         null = self.teacher.config.num_classes
-        return CopiedBackbone(
+        backbone = CopiedBackbone(
             self.teacher, sample_shape=shape, null_cond=lambda label: torch.full_like(label, null)
         )
+        apply_activation_policy(backbone.student, self.config.train.activation, BLOCKS)
+        return backbone
 
     def conditions(self) -> Callable[[], Tensor]:
         """Uniform labels ``[B]`` int64."""
