@@ -13,6 +13,7 @@ same inputs.
 
 import argparse
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,6 +240,9 @@ def main(
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.add_argument("--smoke", action="store_true", help="small shapes, no torch.compile")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--only", default="", help="a regex: only cases whose 'shape dtype' it finds"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
@@ -249,12 +253,15 @@ def main(
         "warmup_s": WARMUP_S,
         "cpu_seconds": CPU_SECONDS,
         "smoke": args.smoke,
+        "only": args.only,
         "copy_gb_s": round(copy / 1e9, 1),
     }
     head = header(op, args.device, config)
     rows: list[dict] = []
     status = 0
     for case in cases(args.device, args.smoke):
+        if not re.search(args.only, f"{case.shape} {case.dtype}"):
+            continue
         with_compile = not (args.smoke or args.no_compile)
         try:
             new = run_case(_keep(case, with_compile), args.device, copy)

@@ -28,7 +28,7 @@ from mfd_fast.kernels.column_sum import compute_dtype
 # A warp holds a whole row as CHUNKS tiles of 32 lanes x 16 bytes: SANA's 2240 bf16 channels are 9
 # chunks of 256, 3 % of them idle, and sums over channels are shuffles.  One tile of 4096 would idle
 # 45 % and, counted in sm_90 machine code, take 720 clocks to issue where an H100 moves the row in
-# about 680; the chunks take 250.  Neither is measured on a GPU.
+# about 680; the chunks take 290.  Neither is measured on a GPU.
 VECTOR_BYTES = 16
 # Elements of a row that a thread may hold, by the float32 values it holds for each; the warps of a
 # program are doubled until its rows fit.  Chosen by what ptxas fits into 255 registers.

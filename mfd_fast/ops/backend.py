@@ -56,5 +56,15 @@ def register_cuda(
 
 
 def _lazy(target: str) -> Callable:
+    """Import the launcher at its first call and run it on the device of its first tensor.
+
+    Triton launches on the current device, which need not be where the tensors are.
+    """
     module, function = target.split(":")
-    return lambda *args: getattr(import_module(module), function)(*args)
+
+    def launch(*args):
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device):
+            return getattr(import_module(module), function)(*args)
+
+    return launch
