@@ -16,12 +16,14 @@ namespace mfd {
 
 constexpr int kLanes = 16;
 
-template <typename A>
-struct LanesOf {
-  typedef A type __attribute__((vector_size(kLanes * sizeof(A))));
+template <typename T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
+template <typename T, int N>
+using Vector = typename VectorOf<T, N>::type;
 template <typename A>
-using Lanes = typename LanesOf<A>::type;
+using Lanes = Vector<A, kLanes>;
 
 template <typename A>
 [[gnu::always_inline]] inline Lanes<A> broadcast(A value) {
@@ -30,17 +32,33 @@ template <typename A>
 
 // N elements at p as a vector of A.
 template <typename A, int N, typename T>
-[[gnu::always_inline]] inline auto load_exactly(const T* p) {
-  typedef A V __attribute__((vector_size(N * sizeof(A))));
-  V out;
-  if constexpr (std::is_same_v<A, T>) {
-    std::memcpy(&out, p, sizeof(out));
+[[gnu::always_inline]] inline Vector<A, N> load_exactly(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    Vector<uint16_t, N> bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    const auto high = __builtin_convertvector(bits, Vector<uint32_t, N>) << 16;
+    return reinterpret_cast<Vector<A, N>>(high);
   } else {
-    A wide[N];
-    for (int i = 0; i < N; ++i) wide[i] = static_cast<A>(p[i]);
-    std::memcpy(&out, wide, sizeof(out));
+    Vector<T, N> value;
+    std::memcpy(&value, p, sizeof(value));
+    return __builtin_convertvector(value, Vector<A, N>);
   }
-  return out;
+}
+
+// All lanes rounded to T, as bf16's and fp16's conversions round.
+template <typename A, typename T>
+[[gnu::always_inline]] inline void store_all(T* p, const Lanes<A>& value) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto u = reinterpret_cast<Vector<uint32_t, kLanes>>(value);
+    const auto rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const auto quiet = (u >> 16) | 0x40u;
+    const auto bits = value != value ? quiet : rounded;
+    const auto narrow = __builtin_convertvector(bits, Vector<uint16_t, kLanes>);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  } else {
+    const auto narrow = __builtin_convertvector(value, Vector<T, kLanes>);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  }
 }
 
 // The first `count` (at most kLanes) elements at p; zeros behind them.  Half a vector is a case of
@@ -62,17 +80,11 @@ template <typename A, typename T>
 template <typename A, typename T>
 [[gnu::always_inline]] inline void store_lanes(T* p, const Lanes<A>& value,
                                                int64_t count = kLanes) {
-  if constexpr (std::is_same_v<A, T>) {
-    if (count >= kLanes) return static_cast<void>(std::memcpy(p, &value, sizeof(value)));
-    if (count == kLanes / 2) return static_cast<void>(std::memcpy(p, &value, sizeof(value) / 2));
-  }
-  A wide[kLanes];
-  std::memcpy(wide, &value, sizeof(value));
-  if (count >= kLanes) {
-    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<T>(wide[i]);
-  } else {
-    for (int i = 0; i < count; ++i) p[i] = static_cast<T>(wide[i]);
-  }
+  if (count >= kLanes) return store_all<A>(p, value);
+  T narrow[kLanes];
+  store_all<A>(narrow, value);
+  if (count == kLanes / 2) return static_cast<void>(std::memcpy(p, narrow, sizeof(narrow) / 2));
+  for (int i = 0; i < count; ++i) p[i] = narrow[i];
 }
 
 [[gnu::always_inline]] inline Lanes<double> exp(const Lanes<double>& in) {

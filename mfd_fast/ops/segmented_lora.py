@@ -63,20 +63,18 @@ def _rows_of_each(rows: Tensor, adapters: int) -> list[list[int]]:
 
 def _add_cpu(y, x, a, b, rows, scale) -> Tensor:
     """y in place; the rows of an adapter are gathered into one matrix product.  Returns hidden."""
-    _, groups, rank, _ = a.shape
+    adapters, groups, rank, _ = a.shape
     hidden = x.new_zeros((*x.shape[:2], groups * rank))
-    for adapter, chosen in enumerate(_rows_of_each(rows, a.shape[0])):
+    targets = y.unflatten(2, (groups, -1))
+    for adapter, chosen in enumerate(_rows_of_each(rows, adapters)):
         if not chosen:
             continue
         inner = F.linear(x[chosen], a[adapter].to(x.dtype).flatten(0, 1))
         hidden[chosen] = inner
-        parts = [
-            F.linear(part, factor)
-            for part, factor in zip(inner.split(rank, dim=-1), b[adapter].to(x.dtype), strict=True)
-        ]
-        delta = torch.cat(parts, dim=-1).mul_(scale)
-        for row, part in zip(chosen, delta, strict=True):
-            y[row] += part
+        for g, part in enumerate(inner.split(rank, dim=-1)):
+            delta = F.linear(part, b[adapter, g].to(x.dtype))
+            for row, row_delta in zip(chosen, delta, strict=True):
+                targets[row, :, g].add_(row_delta, alpha=scale)
     return hidden
 
 
