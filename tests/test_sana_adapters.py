@@ -64,11 +64,26 @@ def pooled(triples):
             for parts in zip(*triples, strict=True)]  # fmt: skip
 
 
+# A ReLU that flips under rounding moves a bf16 gradient by as much as all other rounding together,
+# so the worst element of one draw is luck (ours / eager over eight seeds: 0.5 to 2.8, median 1.05).
+# The rule is therefore applied to the elements of several draws together.
+DRAWS = {torch.float32: 1, torch.bfloat16: 6}
+
+
 @pytest.mark.parametrize("policy", ["none", "cheap", "block"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["plain", "qk_norm"])
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_lora_equals_peft(variant, dtype, policy, is_packed):
+    triples = []
+    for seed in range(DRAWS[dtype]):
+        torch.manual_seed(seed)
+        triples.append(pooled(lora_gradients(variant, dtype, policy, is_packed)))
+    assert_as_accurate(*(torch.cat(parts) for parts in zip(*triples, strict=True)))
+
+
+def lora_gradients(variant, dtype, policy, is_packed):
+    """(ours, eager PEFT, exact) of the input and every factor; the forwards are compared here."""
     theirs = make_theirs(**VARIANTS[variant]).to(dtype)
     ours = make_ours(theirs)
     bank = make_bank(ours)
@@ -86,7 +101,6 @@ def test_lora_equals_peft(variant, dtype, policy, is_packed):
             assert_as_accurate(ours(x, t, cond), eager[0], exact[0])
     v.square().mean().backward()
     assert_as_accurate(v.detach(), eager[0], exact[0])
-    assert_as_accurate(x_ours.grad, eager[1], exact[1])
     (master,) = bank.parameters_of("student")
     pairs = bank.adapters["student"].split(master.grad)
     triples = [
@@ -95,8 +109,8 @@ def test_lora_equals_peft(variant, dtype, policy, is_packed):
         for key, grad in zip(lora_keys(target.name), pair, strict=True)
     ]
     assert len(triples) == len(eager[2]) == len(exact[2])
-    assert_as_accurate(*pooled(triples))
     assert all(parameter.grad is None for parameter in ours.parameters())
+    return [*triples, (x_ours.grad.float(), eager[1].float(), exact[1])]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
