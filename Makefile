@@ -7,6 +7,7 @@ STAMP := .venv/.stamp
 .PHONY: demo test lint cuda-build gpu-check clean
 
 demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the result
+	$(BIN)/mfd-fast info
 	$(BIN)/mfd-fast distill digits
 
 test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU

@@ -26,6 +26,12 @@ presets: {presets}.  mfd-fast distill PRESET --help lists every setting.
 """
 
 
+NOT_COMPILED = (
+    "none, the PyTorch references run in their place; install a C++ compiler (apt-get install g++) "
+    "and repeat pip install --no-build-isolation --force-reinstall --no-deps ."
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -129,7 +135,7 @@ def info(argv: list[str]) -> None:
     built = build_info()
     print(f"mfd-fast {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}")
     print(f"operators: MFD_FAST_BACKEND={backend()}")
-    print(f"compiled operators: {built or 'none (pure-Python install)'}")
+    print(f"compiled operators: {built or NOT_COMPILED}")
     if torch.cuda.is_available():
         print(f"device: {torch.cuda.get_device_name()}")
     else:
