@@ -9,19 +9,11 @@ import json
 import re
 from pathlib import Path
 
+from mfd_fast.tasks.digits_eval import COLUMNS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 README = ROOT / "README.md"
-
-DIGITS_COLUMNS = (
-    ("NFE", "nfe", "d"),
-    ("FD teacher", "frechet_to_teacher50", ".2f"),
-    ("FD data", "frechet_to_data", ".2f"),
-    ("precision", "precision", ".3f"),
-    ("recall", "recall", ".3f"),
-    ("accuracy", "accuracy", ".3f"),
-    ("samples/s", "samples_per_s", ".0f"),
-)
 
 
 def read(name: str) -> dict | None:
@@ -47,14 +39,15 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def digits_table() -> str:
     """Teacher and both students of ``mfd-fast distill digits``."""
+    columns = COLUMNS[1:]  # the first is the name
     runs = {name: read(f"digits_{name}_cpu.json") for name in ("mfd", "vsd")}
     rows = []
     for row in runs["mfd"]["table"]:
         name = row["name"].replace("student", "student by MFD")
-        rows.append([name] + [format(row[key], form) for _, key, form in DIGITS_COLUMNS])
+        rows.append([name] + [format(row[key], form) for _, key, form in columns])
     student = next(row for row in runs["vsd"]["table"] if row["name"].startswith("student"))
     name = student["name"].replace("student", "student by VSD")
-    rows.append([name] + [format(student[key], form) for _, key, form in DIGITS_COLUMNS])
+    rows.append([name] + [format(student[key], form) for _, key, form in columns])
     facts = runs["mfd"]["environment"]
     seconds = ", ".join(f"{name.upper()} {run['seconds']:.0f} s" for name, run in runs.items())
     updates = runs["mfd"]["updates"]
@@ -63,7 +56,7 @@ def digits_table() -> str:
         f"{updates['aux']} auxiliary updates; training took {seconds} on {facts['device']}, "
         f"{facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}."
     )
-    return f"{markdown(['sampler', *(c[0] for c in DIGITS_COLUMNS)], rows)}\n\n{caption}"
+    return f"{markdown(['sampler', *(c[0] for c in columns)], rows)}\n\n{caption}"
 
 
 def operator_table() -> str:
