@@ -17,7 +17,8 @@ test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
 lint: $(STAMP)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
+	  'tests/cuda_host/*')
 
 cuda-build:  ## build _C with CUDA in a second environment and import it without a GPU
 	bash scripts/cuda_build.sh
