@@ -24,7 +24,7 @@ class PackedModule(nn.Module):
 
     def pack(self) -> None:
         """Make what is derived from the parameters."""
-        raise NotImplementedError
+        raise AssertionError("a subclass of PackedModule packs its own tensors")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedModule":
         super()._apply(fn, recurse)
