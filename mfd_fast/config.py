@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
@@ -157,45 +157,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One distillation run."""
+    """One distillation run; ``presets.py`` has one subclass for each family of tasks."""
 
-    preset: str = "digits"
+    TASK: ClassVar[str] = ""
+    """``module:class`` of the task (``tasks.base.Task``) that runs this config."""
+
+    preset: str
     """The task: what is distilled, from which teacher, on which conditions."""
     teacher: str = ""
-    """File of the pretrained teacher; empty: the one that ships with the preset."""
+    """The pretrained teacher, a file, folder or hub id; empty: the preset's own."""
     num_eval_samples: int = 2000
     """Samples behind every row of the result table."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """The method."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
-
-
-PRESETS: dict[str, RunConfig] = {
-    "digits": RunConfig(
-        preset="digits",
-        distill=DistillConfig(
-            guidance=2.0,
-            step_size=0.05,
-            aux_updates=5,
-            ema_decay=0.98,
-            student_optim=OptimConfig(lr=1e-4),
-            aux_optim=OptimConfig(lr=3e-4),
-        ),
-        train=TrainConfig(updates=400, batch_size=64),
-    ),
-}
-
-
-def preset(name: str) -> RunConfig:
-    """The configuration a preset starts from; ``ValueError`` lists the presets and the nearest
-    one.
-    """
-    if name not in PRESETS:
-        raise ValueError(
-            f"unknown preset {name!r}; there is {sorted(PRESETS)}{nearest(name, PRESETS)}"
-        )
-    return PRESETS[name]
 
 
 def to_dict(config: Any) -> dict:
@@ -208,18 +184,6 @@ def save_config(config: RunConfig, path: Path) -> None:
     import yaml  # here, so that the library itself needs no YAML
 
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read a config written by :func:`save_config`; unknown keys and wrong types are
-    ``ValueError``.
-    """
-    import yaml
-
-    tree = yaml.safe_load(path.read_text())
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping of config keys; got {type(tree).__name__}")
-    return from_dict(RunConfig, tree)
 
 
 def from_dict(cls: type, tree: dict, path: str = "") -> Any:

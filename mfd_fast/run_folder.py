@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.config import RunConfig, load_config, save_config
+from mfd_fast.config import RunConfig, save_config
+from mfd_fast.presets import load_config
 
 CONFIG, METRICS, STUDENT, RESULTS = (
     "config.yaml",

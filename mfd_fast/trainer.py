@@ -18,14 +18,15 @@ Callback = Callable[[dict[str, Any]], None]
 
 def train(
     distiller: Distiller,
-    next_cond: Callable[[], Any],
+    next_cond: Callable[[int], Any],
     config: TrainConfig,
     callbacks: Iterable[Callback] = (),
 ) -> list[dict[str, Any]]:
     """Update until the student has had ``config.updates`` updates.
 
     Args:
-        next_cond: returns the condition of the next update, leaves ``[B, ...]``.
+        next_cond: n -> the condition of update number n (of either role, from 0), leaves
+            ``[B, ...]``.
         callbacks: each is called with the row of metrics every ``config.log_every`` student
             updates.
 
@@ -38,7 +39,7 @@ def train(
     since, updates_before = time.perf_counter(), sum(distiller.num_updates.values())
     while distiller.num_updates["student"] < config.updates:
         role = distiller.next_role
-        metrics |= distiller.step(next_cond())
+        metrics |= distiller.step(next_cond(sum(distiller.num_updates.values())))
         done = distiller.num_updates["student"]
         if role != "student" or (done % config.log_every and done < config.updates):
             continue

@@ -1,6 +1,6 @@
 """The interface between the command line and a concrete model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +18,11 @@ class Task(Protocol):
         """Teacher, auxiliary and student on the configured device."""
         ...
 
-    def conditions(self) -> Callable[[], Any]:
-        """A function that returns the condition of the next update."""
+    def conditions(self) -> Callable[[int], Any]:
+        """``next_cond(n)``: the condition of update number n, both roles counted from 0.
+
+        It keeps no state, so that a run continued at update n sees what it would have seen.
+        """
         ...
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
@@ -38,6 +41,8 @@ class Task(Protocol):
         """Sample grid and training curves of a finished run."""
         ...
 
-    def sample(self, run: RunFolder, path: Path, *, num: int, seed: int) -> None:
-        """Pictures of the student alone."""
+    def sample(
+        self, run: RunFolder, path: Path, *, num: int, seed: int, prompts: Sequence[str] = ()
+    ) -> None:
+        """Pictures of the student alone; ``num`` 0: as many as suit the task."""
         ...

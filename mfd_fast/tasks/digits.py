@@ -1,6 +1,6 @@
 """The ``digits`` preset: the packaged 8x8 class-conditional DiT, distilled into few steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from mfd_fast.tasks.digits_eval import (
 from mfd_fast.tasks.digits_teacher import load_classifier, load_teacher
 
 EVALUATION_SEED = 1
+SEED_STRIDE = 1_000_003  # between the label streams of two seeds; above the updates of any run
 GRID_COLUMNS = 10
+SAMPLES = 40
 BLOCKS = r"blocks\.\d+"
 
 
@@ -51,13 +53,15 @@ class DigitsTask:
         apply_activation_policy(backbone.student, self.config.train.activation, BLOCKS)
         return backbone
 
-    def conditions(self) -> Callable[[], Tensor]:
+    def conditions(self) -> Callable[[int], Tensor]:
         """Uniform labels ``[B]`` int64."""
-        generator = Generator(self.device).manual_seed(self.config.distill.seed)
         batch, classes = self.config.train.batch_size, self.teacher.config.num_classes
+        seed = self.config.distill.seed
 
-        def next_cond() -> Tensor:
-            return torch.randint(classes, (batch,), generator=generator, device=self.device)
+        def next_cond(n: int) -> Tensor:
+            generator = Generator().manual_seed(seed * SEED_STRIDE + n)
+            labels = torch.randint(classes, (batch,), generator=generator)
+            return labels.to(self.device, non_blocking=True)
 
         return next_cond
 
@@ -109,9 +113,14 @@ class DigitsTask:
         training_curves(run.history(), paths[1])
         return paths
 
-    def sample(self, run: RunFolder, path: Path, *, num: int, seed: int) -> None:
+    def sample(
+        self, run: RunFolder, path: Path, *, num: int, seed: int, prompts: Sequence[str] = ()
+    ) -> None:
         from mfd_fast.report.pictures import sample_grid
 
+        if prompts:
+            raise ValueError("digits have classes, not prompts; drop --prompt")
+        num = num or SAMPLES
         noise, labels = self._grid_noise(num, seed)
         name, sampler = next(iter(self._student_sampler(run).items()))
         with torch.no_grad():
