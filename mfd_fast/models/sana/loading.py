@@ -56,15 +56,33 @@ def load_sana_transformer(
             f"dtype must be one of {list(DTYPES)}, got {dtype}; SANA's activations leave the range "
             "of float16"
         )
-    folder = _transformer_folder(folder_or_id, revision, variant)
-    config = _read_config(folder / CONFIG)
-    files = _weight_files(folder, variant)
-    with torch.device("meta"):
-        network = SanaNetwork(config, time_table=time_table).to(dtype)
-    _check_tensors(network, files, folder)
-    network.to_empty(device=device)
+    network, files = _checked(folder_or_id, revision, variant, time_table=time_table)
+    network.to(dtype).to_empty(device=device)
     _read_tensors(network, files)
     return network.eval().requires_grad_(False)
+
+
+def check_sana_transformer(
+    folder_or_id: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> list[Path]:
+    """The weight files of a checkpoint, names and shapes compared, no weight read.
+
+    Raises as :func:`load_sana_transformer`.
+    """
+    return _checked(folder_or_id, revision, variant, time_table=False)[1]
+
+
+def _checked(
+    folder_or_id: str | Path, revision: str | None, variant: str | None, *, time_table: bool
+) -> tuple[SanaNetwork, list[Path]]:
+    """The network on the meta device, and the files that fit it."""
+    folder = _transformer_folder(folder_or_id, revision, variant)
+    config = _read_config(folder / CONFIG)
+    files = weight_files(folder, variant, STEM)
+    with torch.device("meta"):
+        network = SanaNetwork(config, time_table=time_table)
+    _check_tensors(network, files, folder)
+    return network, files
 
 
 def _transformer_folder(
@@ -78,7 +96,9 @@ def _transformer_folder(
             )
         folder = path / SUBFOLDER if (path / SUBFOLDER).is_dir() else path
     else:
-        folder = _from_hub(str(folder_or_id), revision, variant) / SUBFOLDER
+        names = [CONFIG, *weight_patterns(variant, STEM)]
+        patterns = [f"{SUBFOLDER}/{name}" for name in names]
+        folder = fetch(str(folder_or_id), revision, patterns) / SUBFOLDER
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}; expected the folder of a diffusers pipeline with "
@@ -87,30 +107,37 @@ def _transformer_folder(
     return folder
 
 
-def _from_hub(model_id: str, revision: str | None, variant: str | None) -> Path:
-    """The snapshot of a model, with no other files than the transformer's."""
+def read_checkpoint_json(
+    folder_or_id: str | Path, name: str, revision: str | None = None
+) -> dict[str, Any]:
+    """A JSON file of a checkpoint by its name in the folder, such as ``vae/config.json``.
+
+    ``FileNotFoundError`` or ``ValueError`` names the file that is missing or broken.
+    """
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        folder = fetch(str(folder_or_id), revision, [name])
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {name}; expected the folder of a whole diffusers pipeline"
+        )
+    return _read_json(folder / name)
+
+
+def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local snapshot of a hub model with the files that match the patterns, and no others.
+
+    ``FileNotFoundError`` if the model is neither in the cache nor to be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    middle = "" if variant is None else f".{variant}"
-    patterns = [
-        CONFIG,
-        f"{STEM}{middle}.safetensors",
-        f"{STEM}{middle}-*.safetensors",
-        _index_name(variant),
-    ]
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{model_id!r} is neither a folder nor a model id of the form owner/name"
         )
     try:
-        return Path(
-            snapshot_download(
-                model_id,
-                revision=revision,
-                allow_patterns=[f"{SUBFOLDER}/{pattern}" for pattern in patterns],
-            )
-        )
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -138,19 +165,32 @@ def _read_config(path: Path) -> SanaConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _index_name(variant: str | None) -> str:
+def _index_name(variant: str | None, stem: str) -> str:
     middle = "" if variant is None else f".{variant}"
-    return f"{STEM}.safetensors.index{middle}.json"
+    return f"{stem}.safetensors.index{middle}.json"
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files with the weights, all of which exist."""
+def weight_patterns(variant: str | None, stem: str) -> list[str]:
+    """What the files with the weights of a variant may be called."""
     middle = "" if variant is None else f".{variant}"
-    single, index = folder / f"{STEM}{middle}.safetensors", folder / _index_name(variant)
+    return [
+        f"{stem}{middle}.safetensors",
+        f"{stem}{middle}-*.safetensors",
+        _index_name(variant, stem),
+    ]
+
+
+def weight_files(folder: Path, variant: str | None, stem: str) -> list[Path]:
+    """The files with the weights, all of which exist.
+
+    ``FileNotFoundError`` names what is missing, ``ValueError`` an index that is broken.
+    """
+    middle = "" if variant is None else f".{variant}"
+    single, index = folder / f"{stem}{middle}.safetensors", folder / _index_name(variant, stem)
     if single.is_file():
         return [single]
     if not index.is_file():
-        there = sorted(path.name for path in folder.iterdir() if path.name.startswith(STEM))
+        there = sorted(path.name for path in folder.iterdir() if path.name.startswith(stem))
         pickled = [name for name in there if name.endswith(".bin")]
         hint = (
             "only safetensors are read: convert the .bin with diffusers' save_pretrained"
