@@ -1,0 +1,123 @@
+"""Where a SANA run's text comes from: a store, or prompts encoded while it trains."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfd_fast.data.prompts import open_prompts
+from mfd_fast.data.text_store import HEADER, TextStore
+from mfd_fast.models.sana.conditions import EncodedText, StoredText, TextConditions
+from mfd_fast.models.sana.text import trim_text
+from mfd_fast.models.sana.text_encoder import MAX_LENGTH, SanaTextEncoder, load_sana_text_encoder
+from mfd_fast.presets import SanaRun
+
+TINY_PROMPTS = ("a red cube", "two cats on a sofa", "a lighthouse at night, oil painting", "fog")
+
+
+class SanaText:
+    """The text conditions of one run, and those of prompts given by hand.
+
+    Args:
+        config: ``sana.prompts`` names a store or a prompt file.
+        checkpoint: folder or hub id whose text encoder is used.
+        channels: width of the embeddings that the network takes.
+        device: of the conditions.
+
+    The source is opened when it is first needed: sampling from a finished run needs no prompt file.
+    """
+
+    def __init__(self, config: SanaRun, checkpoint: str, *, channels: int, device: torch.device):
+        self.config, self.checkpoint, self.channels = config, checkpoint, channels
+        self.device = device
+
+    @cached_property
+    def conditions(self) -> TextConditions:
+        """``ValueError`` or ``OSError`` names the file that is missing or broken."""
+        settings, train = self.config.sana, self.config.train
+        source = self._source()
+        length = settings.text_length or (min(MAX_LENGTH, source.longest) if train.capture else 0)
+        return TextConditions(
+            source,
+            batch_size=train.batch_size,
+            seed=self.config.distill.seed,
+            device=self.device,
+            length=length or None,
+        )
+
+    def next_cond(self, n: int) -> dict[str, Tensor]:
+        """``{"text": [B, L, C], "mask": [B, L]}`` of update n."""
+        return self.conditions.next_cond(n)
+
+    def null_cond(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The empty prompt in the shapes of cond."""
+        return self.conditions.null_cond(cond)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The condition of prompts given by hand, trimmed to the longest of them."""
+        text, mask = self._encoder.encode(prompts)
+        lengths = mask.sum(1).clamp_min(len(self.conditions.source.null)).tolist()
+        return trim_text({"text": text, "mask": mask}, lengths)
+
+    def grid(self, num: int) -> tuple[list[str], dict[str, Tensor]]:
+        """Captions and condition of a sample grid: ``sana.preview_prompt``, or the first prompts of
+        the run.
+        """
+        if chosen := self.config.sana.preview_prompt:
+            return [chosen] * num, self.encode([chosen] * num)
+        source = self.conditions.source
+        num = min(num, len(source))
+        if isinstance(source, StoredText):
+            cond = source.store.batch(range(num))
+            captions = [f"prompt {i} of the store" for i in range(num)]
+            return captions, {name: leaf.to(self.device) for name, leaf in cond.items()}
+        captions = source.prompts[:num]
+        return captions, self.encode(captions)
+
+    def check(self) -> str:
+        """What the prompts are, every line checked, the text encoder not loaded."""
+        source = self._opened
+        if isinstance(source, TextStore):
+            return f"{source.path}, a store of {len(source):,} encoded prompts"
+        where = self.config.sana.prompts or "packaged with mfd-fast"
+        return f"{where}, {len(source):,} prompts, encoded while training"
+
+    def _source(self) -> StoredText | EncodedText:
+        source = self._opened
+        if isinstance(source, TextStore):
+            return StoredText(source)
+        return EncodedText(source, self._encoder, ahead=self.config.sana.encode_ahead)
+
+    @cached_property
+    def _opened(self) -> TextStore | Sequence[str]:
+        """The store, or the prompts."""
+        settings = self.config.sana
+        if (Path(settings.prompts) / HEADER).is_file():
+            store = TextStore(settings.prompts)
+            if store.null.shape[1] != self.channels:
+                raise ValueError(
+                    f"{settings.prompts} holds embeddings of width {store.null.shape[1]}; this "
+                    f"checkpoint takes {self.channels}: encode the prompts with its text encoder"
+                )
+            return store
+        if settings.prompts:
+            return open_prompts(settings.prompts, key=settings.prompt_column or None)
+        if self.config.teacher:
+            raise ValueError(
+                "a SANA run needs prompts: --sana.prompts FILE (.tsv, .txt, .jsonl, .parquet, a "
+                "data set's folder), or a store made by mfd-fast encode-prompts"
+            )
+        return TINY_PROMPTS
+
+    @cached_property
+    def _encoder(self) -> SanaTextEncoder:
+        settings = self.config.sana
+        return load_sana_text_encoder(
+            self.checkpoint,
+            revision=settings.revision or None,
+            variant=settings.variant or None,
+            device=self.device,
+            stays=settings.keep_text_encoder,
+        )
