@@ -86,6 +86,34 @@ class Prepared:
         return self.null
 
 
+@dataclass(kw_only=True)
+class NetworkPrepared(Prepared):
+    """Rows that a network's own ``prepare`` made from the conditions of each set of lanes.
+
+    ``make_rows(cond rows [B * L, ...], lanes)`` runs once per set of lanes and grad mode.  The rows
+    belong to the weights and adapters as they are then: prepare again after an update.  Rows made
+    with gradient stay in the autograd graph and serve all evaluations of one backward.
+    """
+
+    make_rows: Callable[[Any, tuple[Lane, ...]], Any]
+    _made: dict[tuple, Any] = field(default_factory=dict)
+
+    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
+        """What the network gets in place of cond, for the first n samples: ``[n * L, ...]``."""
+        key = (lanes, torch.is_grad_enabled())
+        if key not in self._made:
+            made = self.make_rows(super().rows(lanes, self.batch), lanes)
+            count = self.batch * len(lanes)
+            shapes = [list(leaf.shape) for leaf in tree_leaves(made)]
+            if any(shape[:1] != [count] for shape in shapes):
+                raise ValueError(
+                    f"the network's prepare must return tensors of {count} rows, as many as it "
+                    f"got; got shapes {shapes}"
+                )
+            self._made[key] = made
+        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._made[key])
+
+
 class FixedRows:
     """The rows of some groups of lanes, made now and never again: CUDA graphs read them."""
 
@@ -133,7 +161,9 @@ class CopiedBackbone(nn.Module):
     """Three full copies of a network ``network(x, t, cond) -> v``.
 
     Args:
-        teacher: the pretrained network; frozen and put in eval mode.
+        teacher: the pretrained network; frozen and put in eval mode.  If the networks have a
+            method ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows,
+            each calls its own once per trajectory and gets the result in place of cond.
         auxiliary, student: networks that start as the teacher; deep copies of it if None.
         sample_shape: shape of one sample, without the batch dimension.
         null_cond: cond -> the null condition of the same shapes; needed for guidance other than 1.
@@ -167,7 +197,12 @@ class CopiedBackbone(nn.Module):
     def prepare(self, cond: Any) -> Prepared:
         batch = batch_size(cond)
         null = None if self.null_cond is None else self.null_cond(cond)
-        return Prepared(cond, null, batch)
+        if not hasattr(self.teacher, "prepare"):
+            return Prepared(cond, null, batch)
+        return NetworkPrepared(cond, null, batch, make_rows=self._prepare_rows)
+
+    def _prepare_rows(self, cond: Any, lanes: tuple[Lane, ...]) -> Any:
+        return getattr(self, lanes[0].role).prepare(cond)
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
         """One call per role: neighbouring lanes of a role are one batch, two roles two streams."""

@@ -5,36 +5,14 @@ the lanes that use them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mfd_fast.activation import apply_activation_policy
 from mfd_fast.adapters import AdapterBank, LaneAdapters, Patterns
-from mfd_fast.backbone import ROLES, Lane, Prepared, batch_size
-
-
-@dataclass(kw_only=True)
-class NetworkPrepared(Prepared):
-    """Rows that the network's own ``prepare`` made from the conditions of each set of lanes.
-
-    ``make_rows(cond rows [B * L, ...], lanes)`` runs once per set of lanes and grad mode.  The rows
-    belong to the adapters as they are then: prepare again after an update.  Rows made with gradient
-    stay in the autograd graph and serve all evaluations of one backward.
-    """
-
-    make_rows: Callable[[Any, tuple[Lane, ...]], Any]
-    _made: dict[tuple, Any] = field(default_factory=dict)
-
-    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
-        """What the network gets in place of cond, for the first n samples: ``[n * L, ...]``."""
-        key = (lanes, torch.is_grad_enabled())
-        if key not in self._made:
-            self._made[key] = self.make_rows(super().rows(lanes, self.batch), lanes)
-        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._made[key])
+from mfd_fast.backbone import ROLES, Lane, NetworkPrepared, Prepared, batch_size
 
 
 class SharedBackbone(nn.Module):
@@ -139,14 +117,7 @@ class SharedBackbone(nn.Module):
     def _prepare_rows(self, cond: Any, lanes: tuple[Lane, ...]) -> Any:
         count = batch_size(cond)
         with self.adapters.lanes(self._per_lane(lanes), rows=count):
-            made = self.network.prepare(cond)
-        shapes = [list(leaf.shape) for leaf in tree_leaves(made)]
-        if any(shape[:1] != [count] for shape in shapes):
-            raise ValueError(
-                f"the network's prepare must return tensors of {count} rows, as many as it got; "
-                f"got shapes {shapes}"
-            )
-        return made
+            return self.network.prepare(cond)
 
 
 def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) -> None:

@@ -32,6 +32,22 @@ class Count(TorchDispatchMode):
         return sum(self.ops.values())
 
 
+class Traffic(TorchDispatchMode):
+    """``bytes`` that the compute operators inside the block read and write, once each."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in FREE:
+            inputs = {id(x): x for x in tree_iter((args, kwargs or {})) if is_tensor(x)}
+            outputs = [x for x in tree_iter(out) if is_tensor(x)]
+            self.bytes += sum(x.numel() * x.itemsize for x in (*inputs.values(), *outputs))
+        return out
+
+
 class Saved:
     """``bytes`` of the distinct storages that autograd packs inside the block.
 
