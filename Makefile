@@ -4,11 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: demo test lint cuda-build gpu-check clean
+.PHONY: demo occfm-demo test lint cuda-build gpu-check clean
 
 demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the result
 	$(BIN)/mfd-fast info
 	$(BIN)/mfd-fast distill digits
+
+occfm-demo: $(STAMP)-demo  ## train, distil and measure a small occupancy forecaster on made-up scenes
+	bash scripts/occfm_demo.sh $(OUT)
 
 test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
 	$(MAKE) --no-print-directory lint
@@ -36,7 +39,7 @@ $(STAMP)-torch:
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 $(STAMP)-demo: $(STAMP)-torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[digits]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[digits,occfm]'
 	touch $@
 
 $(STAMP)-test: $(STAMP)-torch $(SOURCES)
