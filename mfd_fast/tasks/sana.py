@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from mfd_fast.report.images import image_rows
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.shared_backbone import SharedBackbone
 from mfd_fast.tasks.device import pick_device
+from mfd_fast.tasks.sana_scores import COLUMNS as SCORE_COLUMNS
+from mfd_fast.tasks.sana_scores import SanaScores
 from mfd_fast.tasks.sana_text import SanaText
 from mfd_fast.tasks.table import markdown_table
 
@@ -149,12 +151,28 @@ class SanaTask:
         except ValueError as error:
             print(f"{COMFYUI} was not written: {error}")
 
-    def evaluate(self, run: RunFolder, num_samples: int) -> list[dict[str, Any]]:
+    def evaluate(
+        self,
+        run: RunFolder,
+        num_samples: int,
+        sources: Mapping[str, str] | None = None,
+        prompts: str = "",
+    ) -> list[dict[str, Any]]:
         """Teacher at 20 steps and the student from the same noise and prompts.
 
         ``distance``: root mean square of the difference to the teacher's latents, over that of the
         teacher's latents themselves.
+
+        Args:
+            run: with the student.
+            num_samples: of each.
+            sources: models of the scores that go into the rows, as ``SanaScores`` takes them.
+            prompts: file of the prompts, for a run from a store.
         """
+        scores, captions = None, []
+        if sources:
+            captions = self.text.captions(num_samples, prompts)
+            scores = SanaScores(sources, device=self.device)
         guidance = self.config.distill.guidance
         student, steps = self._network(read_lora(run / STUDENT)), self.config.distill.student_steps
         samplers = {
@@ -178,10 +196,13 @@ class SanaTask:
                     "latents_per_s": num_samples / seconds,
                 }
             )
+            if scores is not None:
+                rows[-1] |= scores.row(self._decoded({name: latents})[name], captions)
         return rows
 
     def format_table(self, rows: list[dict[str, Any]]) -> str:
-        return markdown_table(rows, COLUMNS)
+        scored = all(key in rows[0] for _, key, _ in SCORE_COLUMNS)
+        return markdown_table(rows, (*COLUMNS, *SCORE_COLUMNS) if scored else COLUMNS)
 
     def draw_pictures(self, run: RunFolder) -> list[Path]:
         from mfd_fast.report.pictures import training_curves

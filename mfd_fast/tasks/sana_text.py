@@ -76,6 +76,21 @@ class SanaText:
         captions = source.prompts[:num]
         return captions, self.encode(captions)
 
+    def captions(self, num: int, file: str = "") -> list[str]:
+        """The prompts of the first ``num`` conditions of the run.
+
+        Args:
+            num: of them.
+            file: for a run from a store, which keeps no prompts: what it was encoded from.
+
+        ``ValueError``: no such file is given, or it holds other prompts.
+        """
+        prompts = self._opened
+        if isinstance(prompts, TextStore):
+            prompts = self._prompts_of(prompts, file)
+        updates = range(-(-num // self.conditions.batch_size))
+        return [prompts[i] for n in updates for i in self.conditions.indices(n)][:num]
+
     def check(self) -> str:
         """What the prompts are, every line checked, the text encoder not loaded."""
         source = self._opened
@@ -83,6 +98,18 @@ class SanaText:
             return f"{source.path}, a store of {len(source):,} encoded prompts"
         where = self.config.sana.prompts or "packaged with mfd-fast"
         return f"{where}, {len(source):,} prompts, encoded while training"
+
+    def _prompts_of(self, store: TextStore, file: str) -> Sequence[str]:
+        if not file:
+            raise ValueError(
+                f"{store.path} keeps no prompts, which scores need; name the file it was encoded "
+                "from: --prompts FILE"
+            )
+        key = self.config.sana.prompt_column or None
+        prompts = open_prompts(file, key=key, skip_bad=True, max_prompts=len(store))
+        if prompts.digest != store.header["prompts"]["digest"]:
+            raise ValueError(f"{store.path} was not encoded from {file}; name that file")
+        return prompts
 
     def _source(self) -> StoredText | EncodedText:
         source = self._opened

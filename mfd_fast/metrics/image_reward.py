@@ -1,0 +1,176 @@
+"""ImageReward (Xu et al., 2023): BLIP's text encoder looks at the image, a head reads the score.
+
+The published ImageReward.pt holds BLIP under its authors' names; the networks are transformers'
+``BlipVisionModel`` and ``BlipTextModel``, their sizes those of the tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.metrics.pretrained import (
+    ImageProcessor,
+    import_transformers,
+    in_batches,
+    load_network,
+    load_tokenizer,
+    model_folder,
+)
+from mfd_fast.metrics.tensor_file import load_head, read_tensors
+
+HEAD_WIDTH = 64  # of an attention head, in both networks
+MAX_LENGTH = 35  # tokens of a prompt, padded to this
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on its authors' data
+IMAGE, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
+NOT_USED = ("blip.vision_proj.", "blip.text_proj.")
+VISION_NAMES = {  # part of a name in the file -> in transformers
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "blocks.": "encoder.layers.",
+    ".attn.proj": ".self_attn.projection",
+    ".attn.": ".self_attn.",
+    ".norm1": ".layer_norm1",
+    ".norm2": ".layer_norm2",
+}
+
+
+class ImageReward:
+    """The reward of every image for its prompt, ``[N]`` on the CPU.
+
+    Args:
+        model: folder or hub id of BERT's tokenizer, ``google-bert/bert-base-uncased``.
+        file: ``ImageReward.pt``.
+        device: where it is computed; the weights are there only during a call.
+
+    ``OSError`` or ``ValueError`` names what is missing or does not fit.
+    """
+
+    def __init__(self, model: str, file: str = "", *, device: torch.device | str = "cpu"):
+        if not file:
+            raise ValueError(
+                "ImageReward is a tokenizer and the file of its weights; name both: "
+                "google-bert/bert-base-uncased:ImageReward.pt"
+            )
+        tensors = read_tensors(file)
+        _check_names(tensors, file)
+        self.device = torch.device(device)
+        vision = vision_weights(tensors)
+        text = _below(TEXT, tensors)
+        library = import_transformers()
+        self._vision = load_network(
+            "BlipVisionModel", vision_config(library, vision), file, tensors=vision
+        )
+        width = vision["embeddings.class_embedding"].shape[-1]
+        self._text = load_network(
+            "BlipTextModel",
+            text_config(library, text, width),
+            file,
+            tensors=text,
+            add_pooling_layer=False,
+        )
+        self._head = load_head(_below(HEAD, tensors), self._text.config.hidden_size, file)
+        self._networks = nn.ModuleList([self._vision, self._text, self._head])
+        self._prepare = ImageProcessor(size=self._vision.config.image_size)
+        self._tokenize = load_tokenizer(model_folder(model, has_weights=False))
+        if len(self._tokenize) > self._text.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {model} has {len(self._tokenize)} words, {file} embeds "
+                f"{self._text.config.vocab_size}; name google-bert/bert-base-uncased"
+            )
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return in_batches(self._rewards, self._networks, self.device, images, list(prompts))
+
+    def _rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
+        tokens = self._tokenize(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_LENGTH,
+            return_tensors="pt",
+        ).to(self.device)
+        seen = self._vision(self._prepare(images).to(self.device)).last_hidden_state
+        read = self._text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=seen,
+        ).last_hidden_state
+        return (self._head(read[:, 0]) - MEAN) / STD
+
+
+def vision_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image encoder's tensors under transformers' names."""
+    renamed = {}
+    for name, tensor in _below(IMAGE, tensors).items():
+        if name.startswith("norm."):
+            name = f"post_layernorm.{name.removeprefix('norm.')}"
+        for ours, theirs in VISION_NAMES.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    return renamed
+
+
+def vision_config(library: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """BLIP's ViT of the size of ``tensors``, with the 1e-6 that BLIP's norms have."""
+    width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
+    grid = round((tensors["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+    return library.BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_num_layers("encoder.layers.", tensors),
+        num_attention_heads=width // HEAD_WIDTH,
+        image_size=grid * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+
+
+def text_config(library: Any, tensors: Mapping[str, Tensor], image_width: int) -> Any:
+    """BLIP's BERT of the size of ``tensors``, with cross attention to the image."""
+    vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
+    return library.BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=image_width,
+        intermediate_size=tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        num_hidden_layers=_num_layers("encoder.layer.", tensors),
+        num_attention_heads=width // HEAD_WIDTH,
+        max_position_embeddings=tensors["embeddings.position_embeddings.weight"].shape[0],
+        is_decoder=True,
+    )
+
+
+def _check_names(tensors: Mapping[str, Tensor], file: str | Path) -> None:
+    """``ValueError`` unless every part is there and nothing else."""
+    known = (IMAGE, TEXT, HEAD, *NOT_USED)
+    needed = (
+        f"{IMAGE}cls_token",
+        f"{IMAGE}pos_embed",
+        f"{IMAGE}patch_embed.proj.weight",
+        f"{IMAGE}blocks.0.mlp.fc1.weight",
+        f"{TEXT}embeddings.word_embeddings.weight",
+        f"{TEXT}embeddings.position_embeddings.weight",
+        f"{TEXT}encoder.layer.0.intermediate.dense.weight",
+    )
+    missing = [name for name in needed if name not in tensors]
+    others = [name for name in tensors if not name.startswith(known)]
+    if missing or others:
+        what = f"it lacks {missing[0]}" if missing else f"it holds {others[0]}"
+        raise ValueError(f"{file} does not hold ImageReward: {what}; name another file")
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _num_layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:
+    return len({name.split(".")[2] for name in tensors if name.startswith(prefix)})
