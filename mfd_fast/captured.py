@@ -70,7 +70,8 @@ class CapturedDistiller(Distiller):
         run = self._captured("aux", self._aux_graph, self._aux_phase)
         losses = []
         for part in parts:
-            loss, metrics = run(part, self._draw_aux_times(part))
+            with self.phase("aux/update"):
+                loss, metrics = run(part, self._draw_aux_times(part))
             losses.append(loss.clone() if parts[1:] else loss)
         metrics = metrics or self._apply_after("aux", self._aux_graph)
         self.num_updates["aux"] += 1
@@ -98,13 +99,16 @@ class CapturedDistiller(Distiller):
         """Prepare, begin, as many ODE steps as the longest interval needs, finish."""
         table, step = self._draw_table(part), self._draw_backprop_step()
         self._load(table)
-        self._captured("prepare", self._student_graph, self._prepare)(part)
         begin = partial(self._begin, step=step)
-        self._captured(("begin", step), self._student_graph, begin)(part)
-        for n in table.active:
-            ode_step = partial(self._ode_step, n)
-            self._captured(("ode", n), self._ode_graph, ode_step, after="prepare")()
-        return self._captured(("finish", step), self._student_graph, self._finish)()
+        with self.phase("student/generate"):
+            self._captured("prepare", self._student_graph, self._prepare)(part)
+            self._captured(("begin", step), self._student_graph, begin)(part)
+        with self.phase("student/integrate"):
+            for n in table.active:
+                ode_step = partial(self._ode_step, n)
+                self._captured(("ode", n), self._ode_graph, ode_step, after="prepare")()
+        with self.phase("student/finish"):
+            return self._captured(("finish", step), self._student_graph, self._finish)()
 
     def _is_one_graph(self, role: str) -> bool:
         """Whether the optimizer's step is in the same graph as the backward pass."""
@@ -185,6 +189,7 @@ class CapturedDistiller(Distiller):
 
     def _finish(self) -> dict[str, Tensor]:
         loss, metrics = self.objective.loss(self._x_t, self._moving.x, self._times[0], self._span)
+        metrics |= {"saturation": self._saturation}
         self._backward("student", loss, retain_graph=True)  # its activations are graph memory
         return metrics | (self._apply("student") if self._is_one_graph("student") else {})
 

@@ -3,8 +3,8 @@ device.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +14,24 @@ from torch.utils._pytree import tree_map
 
 from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, batch_size, swapped
 from mfd_fast.config import DistillConfig, OptimConfig
+from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like
 from mfd_fast.flow import Schedule, sample_times
 from mfd_fast.integrate import generate
-from mfd_fast.objectives import make_objective
+from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.optim import LossScale, clip_and_step, make_optimizer, set_warmup_lr
-from mfd_fast.solvers import SolverTable
+from mfd_fast.solvers import SolverTable, to_device
+
+
+def no_phase(name: str) -> AbstractContextManager:
+    """What a ``Distiller`` tells about its phases until somebody listens: nothing."""
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+TRAINED = ("aux", "student")
 
 
 class Distiller:
@@ -30,9 +42,10 @@ class Distiller:
         config: the method's settings.
         optimizers: ``{"aux": ..., "student": ...}`` if you own them; fused AdamW from the config if
             None.
+        ranks: the processes that share every update; alone by default (``distributed.py``).
 
     ``cond`` is a pytree whose leaves are ``[B, ...]``; its batch size is the batch size of the
-    update.
+    update, or this rank's share of it: rows rank, rank + world, ...
     """
 
     def __init__(
@@ -42,28 +55,44 @@ class Distiller:
         optimizers: dict[str, Optimizer] | None = None,
         *,
         schedule: Schedule | None = None,
+        ranks: Ranks | None = None,
     ):
-        if optimizers is not None and set(optimizers) != {"aux", "student"}:
-            raise ValueError(
-                f"optimizers must have the keys aux and student; got {sorted(optimizers)}"
-            )
         self.backbone = backbone
         self.config = config
-        self.objective = make_objective(config)
+        self.ranks = ranks or Ranks()
+        self.objective = self._bind_objective()
+        self.roles: tuple[str, ...] = self.objective.roles
+        for role in self.roles:
+            self.ranks.align(self.parameters_of(role))
+            backbone.refresh(role)
+        if optimizers is not None and set(optimizers) != set(self.roles):
+            raise ValueError(
+                f"optimizers must have the keys {' and '.join(self.roles)}; "
+                f"got {sorted(optimizers)}"
+            )
         self.optimizers = optimizers or {
-            "aux": make_optimizer(backbone.parameters_of("aux"), config.aux_optim),
-            "student": make_optimizer(backbone.parameters_of("student"), config.student_optim),
+            role: make_optimizer(self.parameters_of(role), self._optim(role)) for role in self.roles
         }
         self.host_generator = Generator().manual_seed(config.seed)
-        self.generator = Generator(backbone.device).manual_seed(config.seed)
+        has_storage = backbone.device.type != "meta"  # without, shapes are all that is asked for
+        self.generator = Generator(backbone.device if has_storage else "cpu")
+        self.generator.manual_seed(config.seed)
         self.loss_scale = {
             role: LossScale(config.loss_scale, backbone.device)
-            for role in (("aux", "student") if config.loss_scale > 0 else ())
+            for role in (self.roles if config.loss_scale > 0 else ())
         }
         self.schedule = schedule
+        # Entered around every phase, named role/part, by whoever measures them.
+        self.phase: Callable[[str], AbstractContextManager] = no_phase
         self.num_updates = {"aux": 0, "student": 0}
         self.skipped = torch.zeros((), device=backbone.device)
+        self.skipped_in_a_row = {role: torch.zeros_like(self.skipped) for role in TRAINED}
         self.ema = [p.detach().clone() for p in self._student()] if config.ema_decay > 0 else []
+        has_replicas = self.ranks.world > 1 and not self.ranks.is_sharded
+        self.gradients = {
+            role: FlatGradients(self.parameters_of(role))
+            for role in (self.roles if has_replicas else ())
+        }
 
     def aux_step(self, cond: Any) -> dict[str, Tensor]:
         """One flow-matching update of the auxiliary on the student's samples (method, section 3).
@@ -81,7 +110,9 @@ class Distiller:
         """One update of the student by the objective (method, section 4).
 
         Returns ``student_loss``, ``distance`` (mean over samples of |u_T - u_A|_2, paper D.6),
-        ``student_grad_norm`` and ``skipped`` (updates skipped so far), device tensors ``[]``.
+        ``saturation`` (share of the samples' values beyond ``sample_bound``),
+        ``student_grad_norm``, ``skipped`` (updates skipped so far) and ``skipped_in_a_row`` (of
+        the role that is worse off), device tensors ``[]``.
         """
         self._set_lr("student")
         parts = [self._student_backward(part) for part in self._parts(cond)]
@@ -100,6 +131,8 @@ class Distiller:
     def next_role(self) -> str:
         """``"aux"`` or ``"student"``: what :meth:`step` updates next."""
         config = self.config
+        if "aux" not in self.roles:
+            return "student"
         cycle = config.aux_updates + config.student_updates
         position = sum(self.num_updates.values()) % cycle
         return "aux" if position < config.aux_updates else "student"
@@ -126,30 +159,27 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a bit-exact continuation needs, besides the teacher."""
-        return {
-            "aux": [p.detach().clone() for p in self.backbone.parameters_of("aux")],
-            "student": [p.detach().clone() for p in self._student()],
-            "ema": [p.clone() for p in self.ema],
-            "optimizers": {
-                role: copy.deepcopy(opt.state_dict()) for role, opt in self.optimizers.items()
-            },
+        return copy.deepcopy(self.live_state())
+
+    def live_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` copies: the tensors themselves, which the next update changes."""
+        weights = {role: [p.detach() for p in self.parameters_of(role)] for role in self.roles}
+        return weights | {
+            "ema": list(self.ema),
+            "optimizers": {role: opt.state_dict() for role, opt in self.optimizers.items()},
             "loss_scale": {
-                role: (scale.scale.clone(), scale.finite_steps.clone())
-                for role, scale in self.loss_scale.items()
+                role: (scale.scale, scale.finite_steps) for role, scale in self.loss_scale.items()
             },
             "num_updates": dict(self.num_updates),
-            "skipped": self.skipped.clone(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
             "host_generator": self.host_generator.get_state(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; ``ValueError`` if it belongs to another network."""
-        lists = {
-            "aux": self.backbone.parameters_of("aux"),
-            "student": self._student(),
-            "ema": self.ema,
-        }
+        lists = {role: self.parameters_of(role) for role in self.roles} | {"ema": self.ema}
         for name, mine in lists.items():
             theirs = state[name]
             if [p.shape for p in mine] != [p.shape for p in theirs]:
@@ -160,18 +190,47 @@ class Distiller:
         with torch.no_grad():
             for name, mine in lists.items():
                 for target, value in zip(mine, state[name], strict=True):
-                    target.copy_(value)
+                    target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][role])
+            optimizer.load_state_dict(self._placed(role, state["optimizers"][role]))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
             scale.finite_steps.copy_(state["loss_scale"][role][1])
-        for role in ("aux", "student"):
+        for role in self.roles:
             self.backbone.refresh(role)
+            self.skipped_in_a_row[role].copy_(state["skipped_in_a_row"][role])
         self.num_updates = dict(state["num_updates"])
         self.skipped.copy_(state["skipped"])
         self.host_generator.set_state(state["host_generator"])
         self.generator.set_state(state["generator"])
+
+    def _placed(self, role: str, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state with whole tensors cut to the pieces of sharded parameters."""
+        groups = self.optimizers[role].param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        placed = {
+            index: {
+                key: placed_like(value, parameters[index])
+                if torch.is_tensor(value) and value.shape == parameters[index].shape
+                else value
+                for key, value in entry.items()
+            }
+            for index, entry in state["state"].items()
+        }
+        return {**state, "state": placed}
+
+    def parameters_of(self, role: str) -> list[Tensor]:
+        """What the role's optimizer trains."""
+        return self.backbone.parameters_of(role)
+
+    def _bind_objective(self) -> IntervalObjective:
+        objective = make_objective(self.config)
+        if not isinstance(objective, IntervalObjective):
+            raise ValueError(
+                f"Distiller trains by interval objectives; for distill.objective="
+                f"{self.config.objective!r} call comparison.make_distiller(backbone, config)"
+            )
+        return objective
 
     def _student(self) -> list[Tensor]:
         return self.backbone.parameters_of("student")
@@ -184,28 +243,32 @@ class Distiller:
         """
         draws = self.config.aux_draws_per_sample
         prepared = self.backbone.prepare(cond)
-        with torch.no_grad():
+        with self.phase("aux/generate"), torch.no_grad():
             x0 = self._sample_student(self._noise(prepared.batch), prepared)
-        x0 = x0.repeat_interleave(draws, dim=0)
-        x_t, target = interpolate_with_target(x0, self._noise(len(x0)), t)
-        lanes, times = x_t.unflatten(0, (-1, draws)), t.unflatten(0, (-1, draws))
-        v = self.backbone.forward(lanes, times, prepared, (AUX,) * draws)
-        loss = torch.nn.functional.mse_loss(v.flatten(0, 1).to(target.dtype), target)
+        with self.phase("aux/forward"):
+            x0 = x0.repeat_interleave(draws, dim=0)
+            x_t, target = interpolate_with_target(x0, self._noise(prepared.batch, draws), t)
+            lanes, times = x_t.unflatten(0, (-1, draws)), t.unflatten(0, (-1, draws))
+            v = self.backbone.forward(lanes, times, prepared, (AUX,) * draws)
+            loss = torch.nn.functional.mse_loss(v.flatten(0, 1).to(target.dtype), target)
         self._backward("aux", loss)
         return loss.detach()
 
     def _student_backward(self, cond: Any) -> dict[str, Tensor]:
         """Gradient of the objective on fresh samples; its metrics."""
         table = self._draw_table(cond).to(self.backbone.device)
-        prepared, x0, noise = self._student_samples(cond, self._draw_backprop_step())
-        loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
+        with self.phase("student/generate"):
+            prepared, x0, noise = self._student_samples(cond, self._draw_backprop_step())
+        with self.phase("student/integrate"):
+            loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
         self._backward("student", loss)
-        return metrics
+        return metrics | {"saturation": self._saturation}
 
     def _student_samples(self, cond: Any, step: int | None) -> tuple[Prepared, Tensor, Tensor]:
         """The prepared condition, x_0 with its graph, and the noise it will be mixed with."""
         prepared = self.backbone.prepare(cond)
         x0 = self._sample_student(self._noise(prepared.batch), prepared, only_step=step)
+        self._saturation = (x0.detach().abs() > self.config.sample_bound).float().mean()
         return prepared, x0, self._noise(prepared.batch)
 
     def _sample_student(
@@ -233,24 +296,38 @@ class Distiller:
     def _backward(self, role: str, loss: Tensor, *, retain_graph: bool = False) -> None:
         scale = self.loss_scale.get(role)
         weight = 1.0 / self.config.micro_batches
-        (loss * (weight if scale is None else scale.scale * weight)).backward(
-            retain_graph=retain_graph
-        )
+        if role in self.gradients:
+            weight /= self.ranks.world  # the all-reduce adds
+        with self.phase(f"{role}/backward"):
+            (loss * (weight if scale is None else scale.scale * weight)).backward(
+                retain_graph=retain_graph
+            )
 
     def _apply(self, role: str) -> dict[str, Tensor]:
         """Clip, step or skip, average; the role's metrics."""
+        with self.phase(f"{role}/optimizer"):
+            return self._clip_and_step(role)
+
+    @torch.no_grad()
+    def _clip_and_step(self, role: str) -> dict[str, Tensor]:
+        if role in self.gradients:
+            self.gradients[role].all_reduce()
         norm, skipped = clip_and_step(
             self.optimizers[role],
             clip_norm=self._optim(role).clip_norm,
             loss_scale=self.loss_scale.get(role),
         )
         self.skipped += skipped
+        self.skipped_in_a_row[role].add_(skipped).mul_(skipped)
         self.backbone.refresh(role)
         metrics = {f"{role}_grad_norm": norm}
         if role == "student":
             if self.ema:
-                torch._foreach_lerp_(self.ema, self._student(), 1.0 - self.config.ema_decay)
+                torch._foreach_lerp_(
+                    local(self.ema), local(self._student()), 1.0 - self.config.ema_decay
+                )
             metrics["skipped"] = self.skipped.clone()
+            metrics["skipped_in_a_row"] = torch.maximum(*self.skipped_in_a_row.values())
         return metrics
 
     def _set_lr(self, role: str) -> None:
@@ -272,20 +349,21 @@ class Distiller:
         ]
 
     def _draw_aux_times(self, cond: Any) -> Tensor:
-        config = self.config
+        """Times ``[B * draws]``, neighbouring ones of one sample; those of all ranks are drawn."""
+        config, draws = self.config, self.config.aux_draws_per_sample
         t = sample_times(
-            batch_size(cond) * config.aux_draws_per_sample,
+            batch_size(cond) * self.ranks.world * draws,
             config.aux_time_distribution,
             mean=config.aux_time_mean,
             std=config.aux_time_std,
             generator=self.host_generator,
         )
-        if self.backbone.device.type == "cpu":
-            return t
-        return t.pin_memory().to(self.backbone.device, non_blocking=True)
+        t = self.ranks.rows(t.unflatten(0, (-1, draws))).flatten()
+        return to_device(t, self.backbone.device)
 
     def _draw_table(self, cond: Any) -> SolverTable:
-        return self.objective.draw(batch_size(cond), self.host_generator)
+        table = self.objective.draw(batch_size(cond) * self.ranks.world, self.host_generator)
+        return self.ranks.table(table)
 
     def _draw_backprop_step(self) -> int | None:
         """The sampler step that the gradient enters, drawn on the host; None for all of them."""
@@ -296,6 +374,8 @@ class Distiller:
             return config.student_steps - 1
         return int(torch.randint(config.student_steps, (), generator=self.host_generator))
 
-    def _noise(self, batch: int) -> Tensor:
-        shape = (batch, *self.backbone.sample_shape)
-        return torch.randn(shape, generator=self.generator, device=self.backbone.device)
+    def _noise(self, batch: int, draws: int = 1) -> Tensor:
+        """Standard normal ``[batch * draws, *S]``: this rank's rows of the noise of all ranks."""
+        shape = (batch * self.ranks.world, draws, *self.backbone.sample_shape)
+        noise = torch.randn(shape, generator=self.generator, device=self.backbone.device)
+        return self.ranks.rows(noise).flatten(0, 1)

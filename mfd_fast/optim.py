@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfd_fast.config import OptimConfig
+from mfd_fast.distributed import is_sharded, local
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> Optimizer:
@@ -126,6 +127,8 @@ def clip_and_step(
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
     norm = torch.nn.utils.get_total_norm(grads)
+    if is_sharded(norm):  # of all ranks together
+        norm, grads = norm.full_tensor(), local(grads)
     skipped = (~torch.isfinite(norm)).to(torch.float32)
     factor = None
     if loss_scale is not None:

@@ -1,55 +1,225 @@
 """One distillation from config to run folder, and opening a finished one."""
 
-import time
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from mfd_fast.captured import CapturedDistiller
+from mfd_fast.checkpoint import Counts, clean, read
+from mfd_fast.checkpointer import Checkpointer
+from mfd_fast.comparison import make_distiller as distiller_of
 from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
+from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
 from mfd_fast.environment import environment
-from mfd_fast.run_folder import RESULTS, STUDENT, RunFolder
+from mfd_fast.report.plan import device_of, plan_of, show, trained_of
+from mfd_fast.report.trackers import check_tracker, make_tracker
+from mfd_fast.resume import check_config, check_header, header, locate, restore
+from mfd_fast.run_folder import CHECKPOINTS, RESULTS, STUDENT, RunFolder
+from mfd_fast.stop import Stopped, StopSignal
 from mfd_fast.tasks import Task, make_task
-from mfd_fast.trainer import train
+from mfd_fast.trainer import Progress, train
 
 
-def run_distillation(config: RunConfig, out: Path) -> RunFolder:
+def run_distillation(config: RunConfig, out: Path, *, resume: str | None = None) -> RunFolder:
     """Distil, save the student, print the result table, draw the pictures.
 
+    Args:
+        resume: None for a new run; ``""`` to continue the run in ``out`` from its newest good
+            checkpoint, if it has one; or the path of a checkpoint in it.
+
     ``ValueError`` or ``OSError`` before anything is written if the folder, the teacher file or a
-    setting is unusable.
+    setting is unusable; ``Stopped`` if a signal ended the training after a checkpoint.  Under
+    torchrun every rank trains, and rank 0 alone evaluates, when the others are gone.
     """
-    task = make_task(config)
-    make = CapturedDistiller if config.train.capture else Distiller
-    distiller = make(task.backbone(), config.distill)
-    next_cond = task.conditions()
-    run = RunFolder.create(out, config)
-    print(f"distilling {config.preset} by {config.distill.objective} into {run.path}")
+    if resume is None and num_restarts():
+        resume = ""
+    with ExitStack() as folder:
+        is_sharded = config.train.shard == "fsdp"
+        with launched_ranks(config.train.device, is_sharded=is_sharded) as ranks:
+            ranks.check_batch(config.train.batch_size, config.distill.micro_batches)
+            session = _Session(config, out, ranks)
+            folder.callback(lambda: session.run.release())
+            session.open(resume)
+            session.train()
+        if ranks.is_main:
+            session.evaluate()
+        return session.run
 
-    start = time.perf_counter()
-    with tqdm(total=config.train.updates, unit="update", dynamic_ncols=True) as bar:
-        train(distiller, next_cond, config.train, callbacks=[run.log, lambda row: _show(bar, row)])
-    seconds = time.perf_counter() - start
 
-    task.save_student(distiller, run / STUDENT)
-    rows = task.evaluate(run, config.num_eval_samples)
-    run.write_json(
-        RESULTS,
-        {
-            "environment": environment(distiller.backbone.device.type),
-            "config": to_dict(config),
-            "seconds": seconds,
-            "updates": distiller.num_updates,
-            "skipped_updates": int(distiller.skipped),
-            "table": rows,
-        },
+class _Session:
+    """What one process does for a run."""
+
+    def __init__(self, config: RunConfig, out: Path, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        torch.manual_seed(config.distill.seed)  # adapters start alike on every rank
+        self.run = RunFolder(out)
+        check_tracker(config.train.report_to)
+        self.task = make_task(config)
+        self.next_cond = self.task.conditions()
+        self.distiller = make_distiller(self.task, config, ranks)
+        self.progress = Progress(self.distiller)
+        self.header = header(config, self.distiller.backbone, ranks)
+        self.resumed: Path | None = None
+        torch.manual_seed(config.distill.seed + ranks.rank)  # dropout does not
+
+    def open(self, resume: str | None) -> None:
+        """Take the folder, and put the state of a checkpoint back if the run is resumed."""
+        out = self.run.path
+        if resume is None:
+            if self.ranks.is_main:
+                self.run = RunFolder.create(out, self.config)
+            return
+        if self.ranks.is_main:
+            self.run = RunFolder.resume(out)
+        self.resumed = self._continue(resume)
+        if self.ranks.is_main:
+            clean(self.run / CHECKPOINTS)
+            self.run.cut_history(self.distiller.num_updates["student"])
+            self.run.write_config(self.config)
+
+    def _continue(self, resume: str) -> Path | None:
+        """The checkpoint that is continued, its state put back; None if the run starts."""
+        folder = self.run / CHECKPOINTS
+        path, remarks = locate(folder, resume) if self.ranks.is_main else (None, [])
+        chosen = self.ranks.broadcast_text(str(path or ""))
+        if not chosen:
+            self.say(f"no checkpoint in {folder} yet: the run starts")
+            return None
+        state = read(Path(chosen))
+        remarks += check_config(state["header"]["config"], self.config)
+        remarks += check_header(state["header"], self.header)
+        for remark in remarks:
+            self.warn(remark)
+        restore(state, self.distiller, self.progress, self.ranks)
+        return Path(chosen)
+
+    def train(self) -> None:
+        """The training loop with its bar, log and checkpoints."""
+        config, run, done = self.config.train, self.run, self.distiller.num_updates["student"]
+        self.checkpointer = Checkpointer(
+            run / CHECKPOINTS,
+            config,
+            header=self.header,
+            ranks=self.ranks,
+            warn=self.warn,
+            resumed=self.resumed and Counts.of(self.resumed),
+        )
+        if self.ranks.is_main:
+            backbone = self.distiller.backbone
+            rows = {"device": device_of(backbone.device, self.ranks.world)}
+            rows |= plan_of(self.config, run.path) | {"trained": trained_of(backbone)}
+            show(rows, f"distilling {self.config.preset}")
+        if self.resumed:
+            self.say(f"continuing {self.resumed} after {done} of {config.updates} updates")
+        with StopSignal() as stop, self._bar(done) as bar:
+            try:
+                train(
+                    self.distiller,
+                    self.next_cond,
+                    config,
+                    callbacks=self._callbacks(bar) if self.ranks.is_main else (),
+                    progress=self.progress,
+                    checkpointer=self.checkpointer,
+                    stop=stop,
+                    warn=self.warn,
+                )
+            except Stopped as stopped:
+                raise Stopped(stopped.signum, self._farewell(stopped)) from None
+
+    def _bar(self, done: int) -> tqdm:
+        return tqdm(
+            total=self.config.train.updates,
+            initial=done,
+            unit="update",
+            dynamic_ncols=True,
+            disable=not self.ranks.is_main,
+        )
+
+    def _callbacks(self, bar: tqdm) -> list[Callable[[dict[str, Any]], None]]:
+        every = self.config.train.preview_every
+        tracker = make_tracker(self.config.train.report_to, self.run.path, to_dict(self.config))
+
+        def log(row: dict[str, Any]) -> None:
+            if problem := self.run.log(row):
+                self.warn(problem)
+
+        def preview(row: dict[str, Any]) -> None:
+            if every and row["update"] % every < self.config.train.log_every:
+                picture = self.run / f"preview-{row['update']:06d}.png"
+                self.task.preview(self.distiller, picture)
+
+        return [log, *tracker, lambda row: _show(bar, row), preview]
+
+    def evaluate(self) -> None:
+        """Student, result table and pictures, from rank 0 alone."""
+        run, task, distiller = self.run, self.task, self.distiller
+        if self.ranks.is_sharded:  # whole weights again, in this process alone
+            distiller = make_distiller(task, self.config, Ranks())
+            distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
+        run.flush()
+        task.save_student(distiller, run / STUDENT)
+        rows = task.evaluate(run, self.config.num_eval_samples)
+        run.write_json(
+            RESULTS,
+            {
+                "environment": environment(distiller.backbone.device.type),
+                "config": to_dict(self.config),
+                "seconds": self.progress.seconds,
+                "updates": distiller.num_updates,
+                "skipped_updates": int(distiller.skipped),
+                "table": rows,
+            },
+        )
+        print(task.format_table(rows))
+        self._show_end(run)
+        for path in [*task.draw_pictures(run), run / STUDENT, run / RESULTS]:
+            print(path)
+
+    def _show_end(self, run: RunFolder) -> None:
+        seconds, counts = self.progress.seconds, self.distiller.num_updates
+        facts = {
+            "training": f"{seconds:.1f} s, {sum(counts.values()) / seconds:.3g} updates/s",
+            "updates": f"{counts['student']} student, {counts['aux']} auxiliary",
+            "skipped": int(self.distiller.skipped),
+            "report": f"mfd-fast report {run.path}",
+        }
+        show(facts, f"{self.config.preset}, done")
+
+    def _farewell(self, stop: Stopped) -> str:
+        """Where a stopped run is, and how to go on."""
+        written = self.checkpointer.last_written
+        kept = f"checkpoint {written}" if written else "no checkpoint could be written"
+        return (
+            f"{stop}; {kept}; continue with: mfd-fast distill {self.config.preset} "
+            f"--out {self.run.path} --resume"
+        )
+
+    def say(self, sentence: str) -> None:
+        if self.ranks.is_main:
+            print(sentence)
+
+    def warn(self, sentence: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(f"mfd-fast: {sentence}", file=sys.stderr)
+
+
+def make_distiller(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
+    """The task's distiller, captured if the config says so, spread over the ranks if they are."""
+    backbone = task.backbone()
+    if ranks.is_sharded:
+        shard_copies(backbone)
+    return distiller_of(
+        backbone,
+        config.distill,
+        capture=config.train.capture,
+        schedule=task.schedule(),
+        ranks=ranks,
     )
-    print(task.format_table(rows))
-    for path in [*task.draw_pictures(run), run / STUDENT, run / RESULTS]:
-        print(path)
-    return run
 
 
 def open_run(folder: str | Path) -> tuple[RunFolder, Task]:
@@ -62,7 +232,6 @@ def open_run(folder: str | Path) -> tuple[RunFolder, Task]:
 
 def _show(bar: tqdm, row: dict[str, Any]) -> None:
     bar.update(row["update"] - bar.n)
-    bar.set_postfix_str(
-        f"aux {row['aux_loss']:.4f}, distance {row['distance']:.3f}, "
-        f"{row['updates_per_s']:.1f} updates/s"
-    )
+    shown = {"aux_loss": ".4f", "student_loss": ".4f", "distance": ".3f"}
+    values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if name in row]
+    bar.set_postfix_str(", ".join([*values, f"{row['updates_per_s']:.1f} updates/s"]))

@@ -1,0 +1,276 @@
+"""Several processes, one run: the ranks that torchrun starts.
+
+A batch of conditions, noise and times is that of the whole run; rank i of n takes its rows i,
+i + n, i + 2n, ...  Every rank draws all random numbers and keeps its rows, so that what a run
+learns from does not depend on how many ranks share the work.  Rows are interleaved because a solver
+table is sorted by length: every rank gets trajectories of about the same number of steps.
+
+    replicas   every rank holds the model; the gradients of a role are views of one flat buffer,
+               which one all-reduce adds up before the optimizer's step
+    fsdp       full copies too large for one device: ``fully_shard`` spreads parameters, gradients
+               and optimizer state; it averages the gradients itself
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mfd_fast.backbone import ROLES, Backbone, CopiedBackbone
+from mfd_fast.solvers import SolverTable
+
+ALIGNMENT = 64  # elements: every view of a flat buffer starts aligned for vector loads
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; alone by default.
+
+    rank, world: this process and how many there are.
+    control: gloo group for host values; it never waits for a device.
+    is_sharded: the model is spread over the ranks (fsdp), not repeated on each.
+    """
+
+    rank: int = 0
+    world: int = 1
+    control: Any = field(default=None, repr=False)
+    is_sharded: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, writes and evaluates."""
+        return self.rank == 0
+
+    def check_batch(self, batch_size: int, micro_batches: int) -> None:
+        """``ValueError`` unless every part of the batch divides into equal shares."""
+        if batch_size % (micro_batches * self.world):
+            raise ValueError(
+                f"train.batch_size must be a multiple of {self.world} ranks x "
+                f"distill.micro_batches={micro_batches}, got {batch_size}"
+            )
+
+    def rows(self, tree: Any) -> Any:
+        """This rank's rows of a pytree of tensors ``[B * world, ...]``."""
+        if self.world == 1:
+            return tree
+        return tree_map(lambda leaf: leaf[self.rank :: self.world].contiguous(), tree)
+
+    def table(self, table: SolverTable) -> SolverTable:
+        """This rank's trajectories of the table of the whole batch.
+
+        Sharded ranks evaluate together: the one that has arrived takes a sample that stands still
+        along, until all have arrived.
+        """
+        if self.world == 1:
+            return table
+        if table.order is not None:
+            raise ValueError(
+                "the objective's table must be assigned to samples in its own order on several "
+                "ranks; call assigned_in_order() in draw"
+            )
+        mine = [len(range(self.rank, active, self.world)) for active in table.active]
+        active = tuple(max(n, 1) if self.is_sharded else n for n in mine if n or self.is_sharded)
+        steps = len(active)
+        return replace(
+            table,
+            times=self._columns(table.times[:steps]),
+            coef=self._columns(table.coef[:steps]),
+            active=active,
+            span=self.rows(table.span),
+            start_weight=self.rows(table.start_weight),
+        )
+
+    def _columns(self, values: Tensor) -> Tensor:
+        return values[:, self.rank :: self.world].contiguous()
+
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over ranks of host numbers; a collective call."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return (total / self.world).tolist()
+
+    def mean_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over ranks of device tensors ``[]``, which nobody waits for; a collective call."""
+        if self.world == 1:
+            return tensors
+        total = torch.stack([value.double() for value in tensors.values()])
+        dist.all_reduce(total)
+        means = (total / self.world).unbind()
+        return {
+            name: mean.to(value.dtype)
+            for (name, value), mean in zip(tensors.items(), means, strict=True)
+        }
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Equally shaped CPU tensors of all ranks, in their order; a collective call."""
+        if self.world == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(gathered, values, group=self.control)
+        return gathered
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's string on every rank; a collective call."""
+        if self.world == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, 0, group=self.control)
+        data = data if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self.control)
+        return bytes(data.tolist()).decode()
+
+    def align(self, parameters: list[nn.Parameter]) -> None:
+        """Give every replica rank 0's weights; a collective call."""
+        if self.world > 1 and not self.is_sharded:
+            for parameter in parameters:
+                dist.broadcast(parameter.data, 0)
+
+
+class Vote:
+    """The largest of a host number over ranks, known one call later, so that nobody waits for it.
+
+    Every rank sees the same answer at the same call: that is how all of them stop at one update.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._work: Any = None
+        self._sent = torch.zeros(1, dtype=torch.int64)
+
+    def __call__(self, value: int) -> int:
+        if self.ranks.world == 1:
+            return value
+        result = self.result()
+        self._sent = torch.tensor([value])
+        self._work = dist.all_reduce(
+            self._sent, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True
+        )
+        return result
+
+    def result(self) -> int:
+        """What the last call's vote gave; 0 before the first."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return int(self._sent[0])
+
+
+class FlatGradients:
+    """The gradients of some parameters as views of one buffer (one per dtype).
+
+    Autograd adds into the views, so an all-reduce needs no copies, and its addresses stay: it may
+    be captured.  A parameter that no loss reaches has a gradient of zeros here, not None.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.buffers = []
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            members = [parameter for parameter in parameters if parameter.dtype == dtype]
+            sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in members]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=members[0].device)
+            for parameter, part in zip(members, flat.split(sizes), strict=True):
+                strides = torch.empty_like(parameter, device="meta").stride()  # channels-last too
+                parameter.grad = part[: parameter.numel()].as_strided(parameter.shape, strides)
+            self.buffers.append(flat)
+
+    def all_reduce(self) -> None:
+        """Add up the gradients of all ranks, in place."""
+        for flat in self.buffers:
+            dist.all_reduce(flat)
+
+
+def shard_copies(backbone: Backbone) -> None:
+    """Spread the three networks of a ``CopiedBackbone`` over the ranks (FSDP2).
+
+    Every element of an ``nn.ModuleList`` is gathered and freed on its own; the rest of a network is
+    one more group.  ``ValueError`` for a backbone that shares a network: adapters are small.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to load
+    from torch.distributed.fsdp import fully_shard
+
+    if not isinstance(backbone, CopiedBackbone):
+        raise ValueError(
+            "train.shard fsdp needs full copies of the network (CopiedBackbone); this backbone is "
+            f"a {type(backbone).__name__}: use train.shard none"
+        )
+    mesh = init_device_mesh(backbone.device.type, (dist.get_world_size(),))
+    for role in ROLES:
+        network = getattr(backbone, role)
+        for module in list(network.modules()):
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+
+
+def placed_like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor as this rank's part of it, if the target is sharded."""
+    if not is_sharded(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What of the tensors lies in this process: the pieces of sharded ones."""
+    return [x.to_local() if is_sharded(x) else x for x in tensors]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing that class."""
+    return hasattr(tensor, "to_local")
+
+
+def is_launched() -> bool:
+    """Whether torchrun (or anything that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def num_restarts() -> int:
+    """How often torchrun started this group of ranks again after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@contextmanager
+def launched_ranks(device: str, *, is_sharded: bool = False) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, for the length of the block; alone without torchrun.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; NCCL on a GPU, one per local rank, else gloo.
+    """
+    if not is_launched():
+        if is_sharded:
+            raise ValueError(
+                "train.shard fsdp spreads a model over ranks, but torchrun did not start this "
+                "process; type torchrun --nproc-per-node N -m mfd_fast distill ..."
+            )
+        yield Ranks()
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun may keep one store over restarts: addresses of dead ranks must not be found in it.
+    store = dist.PrefixStore(f"start-{num_restarts()}", store)
+    joining: dict[str, Any] = {"store": store, "rank": rank, "world_size": world}
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", index), **joining)
+    else:
+        dist.init_process_group("gloo", **joining)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        yield Ranks(rank, world, control, is_sharded)
+    finally:
+        dist.destroy_process_group()

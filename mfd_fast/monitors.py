@@ -1,0 +1,194 @@
+"""What a run tells about its health, and the sentences it says when something leaves its range.
+
+Everything is summed on the device after every update and read together with the metrics: no wait is
+added.  The ranges compare a run with itself; they are wide, because a warning that is often wrong
+is not read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = dict[str, float]
+
+LOSSES = ("aux_loss", "student_loss")
+USUAL = ("distance", "aux_grad_norm", "student_grad_norm", "aux_loss_std", "student_loss_std")
+USUAL_DECAY = 0.9  # of the averages over rows that "usual" means
+ROWS_BEFORE_WARNINGS = 5  # what is usual has to be seen first
+
+MAX_SATURATION = 0.05
+MAX_AUX_LAG = 0.5
+MAX_OF_USUAL = 10.0
+
+
+class Skipping(ValueError):  # noqa: N818  (read as a reason)
+    """Too many updates in a row were not finite."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One warning: when it is raised and what it says, from a row and the usual values."""
+
+    name: str
+    is_out: Callable[[Row, Row], bool]
+    sentence: Callable[[Row, Row], str]
+
+
+def _above_usual(key: str) -> Callable[[Row, Row], bool]:
+    return lambda row, usual: key in usual and row.get(key, 0.0) > MAX_OF_USUAL * usual[key]
+
+
+GUARDS = (
+    Guard(
+        "saturation",
+        lambda row, _: row.get("saturation", 0.0) > MAX_SATURATION,
+        lambda row, _: (
+            f"{row['saturation']:.0%} of the samples' values are beyond distill.sample_bound: the "
+            "student is leaving the data's range; lower distill.student_optim.lr or "
+            "distill.guidance"
+        ),
+    ),
+    Guard(
+        "aux_lag",
+        lambda row, _: row.get("aux_lag", 0.0) > MAX_AUX_LAG,
+        lambda row, _: (
+            f"after a student update the auxiliary's loss is {row['aux_lag']:.0%} above what it "
+            "reaches within the cycle: it cannot follow the student; raise distill.aux_updates or "
+            "distill.aux_optim.lr, or lower distill.student_optim.lr"
+        ),
+    ),
+    Guard(
+        "distance",
+        _above_usual("distance"),
+        lambda row, usual: (
+            f"the mean-flow distance is {row['distance']:.3g}, usual is {usual['distance']:.3g}: "
+            "teacher and auxiliary are drifting apart; lower distill.student_optim.lr, or go back "
+            "to an earlier checkpoint with --resume PATH"
+        ),
+    ),
+    *(
+        Guard(
+            f"{role}_grad_norm",
+            _above_usual(f"{role}_grad_norm"),
+            lambda row, usual, key=f"{role}_grad_norm", role=role: (
+                f"the {role}'s gradient norm is {row[key]:.3g}, usual is {usual[key]:.3g}: lower "
+                f"distill.{role}_optim.lr or distill.{role}_optim.clip_norm"
+            ),
+        )
+        for role in ("aux", "student")
+    ),
+    *(
+        Guard(
+            f"{loss}_std",
+            _above_usual(f"{loss}_std"),
+            lambda row, usual, key=f"{loss}_std", loss=loss: (
+                f"{loss} scatters by {row[key]:.3g} between two rows, usual is {usual[key]:.3g}: "
+                "lower the learning rates, or look for bad conditions in the data"
+            ),
+        )
+        for loss in LOSSES
+    ),
+)
+
+
+class Monitors:
+    """Sums on the device between two rows, and what is usual, over the rows.
+
+    Args:
+        device: where the metrics are.
+        aux_updates, student_updates: the cycle; lag needs at least two auxiliary updates in one.
+
+    The columns added to a row: mean and standard deviation of both losses over all updates since
+    the row before, and ``aux_lag``: the auxiliary's flow-matching loss on fresh samples right after
+    the student moved, over that of the cycle's last auxiliary update, minus 1.
+    """
+
+    def __init__(self, device: torch.device, *, aux_updates: int, student_updates: int):
+        self.device = device
+        self.cycle = aux_updates + student_updates
+        self.aux_updates = aux_updates
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        names = [f"{loss}_{power}" for loss in LOSSES for power in ("n", "sum", "squares")]
+        self.sums = {name: zero.clone() for name in [*names, "lag_first", "lag_last"]}
+        self.usual: Row = {}
+        self.rows_seen = 0
+        self.raised: list[str] = []
+
+    def observe(self, update: int, role: str, metrics: dict[str, Tensor]) -> None:
+        """Take in the metrics of update number ``update`` (both roles counted from 0)."""
+        loss, position = f"{role}_loss", update % self.cycle
+        value = metrics[loss].double()
+        self.sums[f"{loss}_n"] += 1
+        self.sums[f"{loss}_sum"] += value
+        self.sums[f"{loss}_squares"] += value * value
+        if role == "aux" and position == 0:
+            self.sums["lag_first"] += value
+        if role == "aux" and position == self.aux_updates - 1:
+            self.sums["lag_last"] += value
+
+    def columns(self, sums: Row) -> Row:
+        """The row's columns from the sums, read by the caller; starts new sums."""
+        for tensor in self.sums.values():
+            tensor.zero_()
+        row = {}
+        for loss in LOSSES:
+            if n := sums[f"{loss}_n"]:
+                mean = sums[f"{loss}_sum"] / n
+                row[f"{loss}_mean"] = mean
+                row[f"{loss}_std"] = max(sums[f"{loss}_squares"] / n - mean * mean, 0.0) ** 0.5
+        if self.aux_updates > 1 and sums["lag_last"] > 0:
+            row["aux_lag"] = sums["lag_first"] / sums["lag_last"] - 1.0
+        return row
+
+    def warnings(self, row: Row) -> list[str]:
+        """What this row is warned about, once for every time that it leaves its range."""
+        sentences = []
+        for guard in GUARDS if self.rows_seen >= ROWS_BEFORE_WARNINGS else ():
+            is_out = guard.is_out(row, self.usual)
+            if is_out and guard.name not in self.raised:
+                sentences.append(guard.sentence(row, self.usual))
+                self.raised.append(guard.name)
+            elif not is_out and guard.name in self.raised:
+                self.raised.remove(guard.name)
+        self._follow(row)
+        return sentences
+
+    def _follow(self, row: Row) -> None:
+        """Let what is usual follow the row, slowly; what is out of range or not finite teaches
+        nothing.
+        """
+        self.rows_seen += 1
+        for key in USUAL:
+            if key in row and key not in self.raised and row[key] - row[key] == 0.0:
+                before = self.usual.get(key, row[key])
+                self.usual[key] = USUAL_DECAY * before + (1 - USUAL_DECAY) * row[key]
+
+    def live_state(self) -> dict[str, Any]:
+        """What a continued run needs to say the same."""
+        return {
+            "sums": dict(self.sums),
+            "usual": dict(self.usual),
+            "rows_seen": self.rows_seen,
+            "raised": list(self.raised),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`live_state`, or a copy of it."""
+        for name, value in state["sums"].items():
+            self.sums[name].copy_(value)
+        self.usual, self.rows_seen = dict(state["usual"]), state["rows_seen"]
+        self.raised = list(state["raised"])
+
+
+def check_skips(row: Row, limit: int) -> None:
+    """``Skipping`` if the last ``limit`` updates of a role were all skipped."""
+    if row["skipped_in_a_row"] >= limit:
+        raise Skipping(
+            f"the last {row['skipped_in_a_row']:.0f} updates of a role had gradients that are not "
+            f"finite and were skipped (train.max_skipped_in_a_row {limit}); nothing is learned. "
+            "Resume an earlier checkpoint with --resume PATH, or start again with a lower lr or "
+            "guidance; an fp16 network needs distill.loss_scale"
+        )

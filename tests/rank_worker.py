@@ -1,0 +1,111 @@
+"""What every rank of ``test_distributed.py`` runs: python rank_worker.py CASE FOLDER."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import small_runs
+import torch
+from safetensors.torch import save_file
+from small_runs import make_backbone, make_distiller, next_cond, run
+
+from mfd_fast.checkpoint import checkpoints_in
+from mfd_fast.distiller import TRAINED
+from mfd_fast.distributed import Vote, launched_ranks, num_restarts, shard_copies
+
+UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
+ELASTIC_UPDATES = 4  # of the student
+
+
+def weights(distiller):
+    return [p for role in TRAINED for p in distiller.backbone.parameters_of(role)]
+
+
+def steps(distiller):
+    """Losses and gradient norms of the first updates, of either role."""
+    losses, norms = [], []
+    for n in range(NUM_STEPS):
+        role = distiller.next_role
+        metrics = distiller.step(distiller.ranks.rows(next_cond(n)))
+        losses.append(metrics[f"{role}_loss"].detach())
+        norms.append(metrics[f"{role}_grad_norm"])
+    return torch.stack(losses), torch.stack(norms)
+
+
+def replicas(ranks, folder):
+    """A short run; every rank's weights must be the same bits, and rank 0's go to the test."""
+    distiller = make_distiller(ranks, micro_batches=2, student_steps=2, aux_draws_per_sample=2)
+    losses, norms = steps(distiller)
+    flat = torch.cat([p.detach().flatten() for p in weights(distiller)])
+    assert all(torch.equal(flat, other) for other in ranks.gather(flat))
+    losses = torch.tensor(ranks.mean(losses.tolist()))
+    if ranks.is_main:
+        result = {"weights": flat, "losses": losses, "norms": norms}
+        save_file(result, folder / "result.safetensors")
+
+
+def host_values(ranks, folder):
+    """Means, gathered tensors, strings and votes; weights that start apart become the same."""
+    world, rank = ranks.world, ranks.rank
+    assert ranks.mean([float(rank), 1.0]) == [(world - 1) / 2, 1.0]
+    assert [int(x) for x in ranks.gather(torch.tensor(rank))] == list(range(world))
+    assert ranks.broadcast_text("runs/ä" if ranks.is_main else "") == "runs/ä"
+    vote = Vote(ranks)
+    answers = [vote(15 if rank == 1 and n == 2 else 0) for n in range(5)]
+    assert answers == [0, 0, 0, 15, 0] and vote.result() == 0
+    backbone = make_backbone(seed=100 + rank)
+    make_distiller(ranks, backbone=backbone)
+    flat = torch.cat([p.detach().flatten() for p in backbone.parameters_of("student")])
+    assert all(torch.equal(flat, other) for other in ranks.gather(flat))
+
+
+def sharded(ranks, folder):
+    """Two student updates on shards, then one more from their checkpoint on other weights."""
+    ranks = replace(ranks, is_sharded=True)
+    for updates in (UPDATES, UPDATES + 1):
+        backbone = make_backbone()
+        if updates > UPDATES:
+            torch._foreach_zero_([p.data for role in TRAINED for p in backbone.parameters_of(role)])
+        shard_copies(backbone)
+        held = sum(p.to_local().numel() for p in backbone.parameters_of("student"))
+        assert held < 0.7 * sum(p.numel() for p in backbone.parameters_of("student"))
+        run(
+            folder,
+            updates=updates,
+            resumed=updates > UPDATES,
+            ranks=ranks,
+            backbone=backbone,
+            student_steps=2,
+        )
+
+
+def two_ranks(ranks, folder):
+    """All that two ranks are asked, in one start."""
+    host_values(ranks, folder)
+    replicas(ranks, folder)
+    sharded(ranks, folder / "sharded")
+    run(folder / "elastic", updates=ELASTIC_UPDATES, ranks=ranks)
+
+
+def elastic(ranks, folder):
+    """A run whose second rank dies at once after five updates, the first time."""
+    cond, dies = next_cond, ranks.rank == 1 and num_restarts() == 0
+
+    def cond_or_die(n):
+        if dies and n == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cond(n)
+
+    small_runs.next_cond = cond_or_die
+    has_checkpoint = bool(checkpoints_in(folder))
+    assert has_checkpoint == (num_restarts() > 0)
+    every = {"updates": ELASTIC_UPDATES, "checkpoint_every": 1}
+    run(folder, **every, resumed=has_checkpoint, ranks=ranks)
+
+
+if __name__ == "__main__":
+    case = {f.__name__: f for f in (replicas, two_ranks, elastic)}[sys.argv[1]]
+    with launched_ranks("cpu") as joined:
+        case(joined, Path(sys.argv[2]))
