@@ -91,3 +91,15 @@ def make_bank(network, names=("aux", "student")):
     for seed, name in enumerate(names):
         draw_adapter(bank, name, seed)
     return bank
+
+
+def lora_keys(name):
+    return [f"{name}.lora_{factor}.weight" for factor in "AB"]
+
+
+def pooled(triples):
+    """Every tensor on its own scale, all together: ReLUs near zero decide the worst of one."""
+    scales = [exact.abs().max() for _, _, exact in triples]
+    return [torch.cat([(part / scale).flatten().to(part.dtype)
+                       for part, scale in zip(parts, scales, strict=True)])
+            for parts in zip(*triples, strict=True)]  # fmt: skip

@@ -13,10 +13,12 @@ from sana_models import (
     VARIANTS,
     call_theirs,
     inputs,
+    lora_keys,
     make_bank,
     make_exact,
     make_ours,
     make_theirs,
+    pooled,
 )
 
 from mfd_fast import AUX, STUDENT, TEACHER, TEACHER_UNCOND, DistillConfig, Distiller
@@ -50,18 +52,6 @@ def peft_gradients(model, x, t, cond):
     grads = {name.replace(".peft", ""): parameter.grad
              for name, parameter in model.named_parameters() if ".lora_" in name}  # fmt: skip
     return v.detach(), x.grad, grads
-
-
-def lora_keys(name):
-    return [f"{name}.lora_{factor}.weight" for factor in "AB"]
-
-
-def pooled(triples):
-    """Every tensor on its own scale, all together: ReLUs near zero decide the worst of one."""
-    scales = [exact.abs().max() for _, _, exact in triples]
-    return [torch.cat([(part / scale).flatten().to(part.dtype)
-                       for part, scale in zip(parts, scales, strict=True)])
-            for parts in zip(*triples, strict=True)]  # fmt: skip
 
 
 # A ReLU that flips under rounding moves a bf16 gradient by as much as all other rounding together,

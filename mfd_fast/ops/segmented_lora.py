@@ -18,7 +18,6 @@ one cost nothing.  PEFT runs, per target, two products, a scaling and a sum, eac
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mfd_fast.ops.backend import register_cpu, register_cuda
@@ -55,26 +54,21 @@ def _(grad, x, hidden, a, b, rows, scale, need_x):
     return grad_x, a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-def _rows_of_each(rows: Tensor, adapters: int) -> list[list[int]]:
-    """The rows of every adapter.  numpy() is a view of host memory and raises for any other."""
-    chosen = rows.numpy()
-    return [[row for row, k in enumerate(chosen) if k == adapter] for adapter in range(adapters)]
+def _used(rows: Tensor) -> list[tuple[int, int]]:
+    """(row, adapter) of the rows with one.  numpy() is a view of host memory, or raises."""
+    return [(row, int(k)) for row, k in enumerate(rows.numpy()) if k >= 0]
 
 
 def _add_cpu(y, x, a, b, rows, scale) -> Tensor:
-    """y in place; the rows of an adapter are gathered into one matrix product.  Returns hidden."""
-    adapters, groups, rank, _ = a.shape
+    """y in place, a product for each row and target; returns hidden."""
+    groups, rank = a.shape[1:3]
     hidden = x.new_zeros((*x.shape[:2], groups * rank))
-    targets = y.unflatten(2, (groups, -1))
-    for adapter, chosen in enumerate(_rows_of_each(rows, adapters)):
-        if not chosen:
-            continue
-        inner = F.linear(x[chosen], a[adapter].to(x.dtype).flatten(0, 1))
-        hidden[chosen] = inner
-        for g, part in enumerate(inner.split(rank, dim=-1)):
-            delta = F.linear(part, b[adapter, g].to(x.dtype))
-            for row, row_delta in zip(chosen, delta, strict=True):
-                targets[row, :, g].add_(row_delta, alpha=scale)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    for row, k in _used(rows):
+        torch.mm(x[row], a[k].flatten(0, 1).t(), out=hidden[row])
+        targets = y[row].chunk(groups, dim=-1)
+        for part, target, b_g in zip(hidden[row].split(rank, -1), targets, b[k], strict=True):
+            target.addmm_(part, b_g.t(), alpha=scale)
     return hidden
 
 
@@ -90,19 +84,21 @@ def _cpu_(y, x, a, b, rows, scale):
 def _cpu_backward(grad, x, hidden, a, b, rows, scale, need_x):
     groups, rank = a.shape[1:3]
     grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
-    grad_a, grad_b = a.new_zeros(a.shape), b.new_zeros(b.shape)
-    for adapter, chosen in enumerate(_rows_of_each(rows, a.shape[0])):
-        if not chosen:
-            continue
-        g = (grad[chosen] * scale).flatten(0, 1).unflatten(-1, (groups, -1))  # [n T, G, Cout]
-        h = hidden[chosen].flatten(0, 1).unflatten(-1, (groups, rank))
-        x_k, a_k, b_k = x[chosen].flatten(0, 1), a[adapter].to(x.dtype), b[adapter].to(x.dtype)
-        grad_b[adapter] = torch.einsum("tgc,tgj->gcj", wide(g), wide(h))
-        grad_h = torch.einsum("tgc,gcj->tgj", g, b_k).flatten(1)
-        grad_a[adapter] = (wide(grad_h).T @ wide(x_k)).view(a_k.shape)
+    sums = torch.promote_types(x.dtype, torch.float32)
+    grad_a, grad_b = a.new_zeros(a.shape, dtype=sums), b.new_zeros(b.shape, dtype=sums)
+    grad_h = x.new_empty(x.shape[1], groups * rank)
+    a_x, b_x = a.to(x.dtype), b.to(x.dtype)
+    for row, k in _used(rows):
+        parts = zip(grad[row].chunk(groups, -1), grad_h.split(rank, -1), strict=True)
+        for g, (grad_g, grad_part) in enumerate(parts):
+            part = hidden[row, :, g * rank : (g + 1) * rank]
+            grad_b[k, g].addmm_(wide(grad_g).t(), wide(part), alpha=scale)
+            torch.mm(grad_g, b_x[k, g], out=grad_part)
+        grad_h.mul_(scale)
+        grad_a[k].flatten(0, 1).addmm_(wide(grad_h).t(), wide(x[row]))
         if need_x:
-            grad_x[chosen] = (grad_h @ a_k.flatten(0, 1)).view(len(chosen), *x.shape[1:])
-    return grad_x, grad_a, grad_b
+            torch.mm(grad_h, a_x[k].flatten(0, 1), out=grad_x[row])
+    return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype)
 
 
 _TRITON = "mfd_fast.kernels.segmented_lora"
