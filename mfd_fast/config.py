@@ -9,8 +9,20 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from mfd_fast.objective_settings import (
+    AyfSettings,
+    CdSettings,
+    Dmd2Settings,
+    ImmSettings,
+    MeanFlowSettings,
+    SenseFlowSettings,
+)
+
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
+ObjectiveName = Literal[
+    "mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"
+]
 
 
 def _require(ok: bool, key: str, expected: str, got: Any) -> None:
@@ -49,9 +61,9 @@ class OptimConfig:
 class DistillConfig:
     """Mean Flow Distillation itself.  Defaults: the paper's settings where it states them."""
 
-    objective: Literal["mfd", "vsd"] = "mfd"
-    """Gradient of the student: mean velocities over [r, t] (mfd) or instantaneous ones at t
-    (vsd).
+    objective: ObjectiveName = "mfd"
+    """Gradient of the student: mean velocities over [r, t] (mfd), instantaneous ones at t (vsd),
+    or one of the methods that MFD is compared with.
     """
     guidance: float = 4.5
     """Classifier-free guidance scale of the teacher; the auxiliary is never guided."""
@@ -101,6 +113,20 @@ class DistillConfig:
     """Initial loss scale for fp16 networks, adapted on the device; 0: off."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the student's weights; 0: no average."""
+    dmd2: Dmd2Settings = field(default_factory=Dmd2Settings)
+    """dmd2 and senseflow only: the adversarial part."""
+    senseflow: SenseFlowSettings = field(default_factory=SenseFlowSettings)
+    """senseflow only."""
+    cd: CdSettings = field(default_factory=CdSettings)
+    """cd only."""
+    ayf: AyfSettings = field(default_factory=AyfSettings)
+    """ayf only."""
+    meanflow: MeanFlowSettings = field(default_factory=MeanFlowSettings)
+    """meanflow only."""
+    imm: ImmSettings = field(default_factory=ImmSettings)
+    """imm only."""
+    sample_bound: float = 4.0
+    """Values of a sample beyond this magnitude count as saturated; reported, never changed."""
     seed: int = 0
     """Seeds every random number of the distillation."""
     student_optim: OptimConfig = field(default_factory=OptimConfig)
@@ -129,6 +155,7 @@ class DistillConfig:
             _require(getattr(self, name) >= 1, f"distill.{name}", ">= 1", getattr(self, name))
         _require(self.loss_scale >= 0, "distill.loss_scale", ">= 0 (0: off)", self.loss_scale)
         _require(0 <= self.ema_decay < 1, "distill.ema_decay", "in [0, 1)", self.ema_decay)
+        _require(self.sample_bound > 0, "distill.sample_bound", "> 0", self.sample_bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +165,13 @@ class TrainConfig:
     updates: int = 3000
     """Student updates in the whole run."""
     batch_size: int = 1
-    """Samples per update."""
+    """Samples per update, of all ranks together: what a run learns does not depend on them."""
     log_every: int = 10
     """Metrics are read from the device and written every this many student updates."""
+    preview_every: int = 0
+    """Draw samples of the student every this many student updates; 0: only at the end."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send the metrics there too; metrics.jsonl is always written."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes cuda if there is one."""
     capture: bool = False
@@ -149,10 +180,27 @@ class TrainConfig:
     """What the student's forward recomputes in its backward: nothing, pointwise operators,
     blocks.
     """
+    checkpoint_every: int = 100
+    """Write a checkpoint every this many student updates; 0: only at the end or when stopped."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoints at multiples of this many student updates; 0: none."""
+    max_skipped_in_a_row: int = 20
+    """Stop when this many updates of a role in a row had a gradient that is not finite."""
+    shard: Literal["none", "fsdp"] = "none"
+    """Under torchrun: a whole model on every rank, or full copies spread over the ranks."""
 
     def __post_init__(self):
-        for name in ("updates", "batch_size", "log_every"):
+        for name in ("updates", "batch_size", "log_every", "keep_last", "max_skipped_in_a_row"):
             _require(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
+        for name in ("checkpoint_every", "keep_every", "preview_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}", ">= 0 (0: off)", value)
+        _require(not (self.capture and self.shard == "fsdp"), "train.capture",
+                 "false with train.shard fsdp", self.capture)  # fmt: skip
+        _require(not (self.preview_every and self.shard == "fsdp"), "train.preview_every",
+                 "0 with train.shard fsdp", self.preview_every)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +209,25 @@ class RunConfig:
 
     TASK: ClassVar[str] = ""
     """``module:class`` of the task (``tasks.base.Task``) that runs this config."""
+    SHORT: ClassVar[dict[str, str]] = {}
+    """Options with a short name on the command line, and the setting each stands for."""
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        "num_eval_samples",
+        "distill.sample_bound",
+        "train.updates",
+        "train.log_every",
+        "train.preview_every",
+        "train.report_to",
+        "train.device",
+        "train.capture",
+        "train.activation",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.keep_every",
+        "train.max_skipped_in_a_row",
+        "train.shard",
+    )
+    """Settings that a resumed run may have otherwise than the run it continues."""
 
     preset: str
     """The task: what is distilled, from which teacher, on which conditions."""

@@ -21,7 +21,7 @@ def environment(device: str) -> dict[str, Any]:
     is_cuda = torch.device(device).type == "cuda"
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if is_cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name() if is_cuda else cpu_name(),
         "driver": driver.splitlines()[0] if is_cuda and driver else None,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -48,7 +48,8 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as Linux or Python names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

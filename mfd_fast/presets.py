@@ -3,9 +3,9 @@
 Imports no model: the command line lists the presets without loading one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mfd_fast.config import (
     DistillConfig,
@@ -14,6 +14,7 @@ from mfd_fast.config import (
     TrainConfig,
     from_dict,
     nearest,
+    to_dict,
 )
 
 
@@ -38,10 +39,16 @@ class SanaSettings:
     """Branch, tag or commit of a teacher on the hub; empty: its main branch."""
     variant: str = ""
     """Variant of the checkpoint's weight files, such as fp16; empty: the plain ones."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the frozen network; adapters and ODE states are float32."""
     resolution: int = 0
     """Height and width of the images in pixels; 0: the checkpoint's own."""
+    encode_ahead: int = 64
+    """Updates whose prompts are encoded in one call, when no store is given."""
+    keep_text_encoder: bool = False
+    """The text encoder stays on the GPU (5 GB) and encodes beside the training, in place of
+    visiting it once every encode_ahead updates.
+    """
     text_length: int = 0
     """Every batch's text is padded to this many tokens; 0: to its own longest prompt, and to 300
     where train.capture needs one length.
@@ -54,10 +61,8 @@ class SanaSettings:
     """Linear layers that get an adapter, by the end of their names."""
     teacher_lora: str = ""
     """A diffusers LoRA file: the teacher is the checkpoint with it, for all three roles."""
-    grid_every: int = 0
-    """Write a grid of sample images every this many student updates; 0: only at the end."""
-    grid_prompts: int = 4
-    """Images in a grid."""
+    preview_prompt: str = ""
+    """Prompt of the sample grids; empty: the first prompts of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +70,111 @@ class SanaRun(RunConfig):
     """SANA text-to-image, LoRA adapters on the frozen checkpoint."""
 
     TASK: ClassVar[str] = "mfd_fast.tasks.sana:SanaTask"
+    SHORT: ClassVar[dict[str, str]] = {
+        "--prompts": "--sana.prompts",
+        "--revision": "--sana.revision",
+        "--variant": "--sana.variant",
+        "--teacher-lora": "--sana.teacher-lora",
+    }
 
     sana: SanaSettings = field(default_factory=SanaSettings)
     """Text, adapters and sizes."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OccfmSettings:
+    """Data, decoder and what is trained of an OccFM run."""
+
+    store: str = ""
+    """Store of latents and labels, from mfd-fast prepare occfm."""
+    vae: str = ""
+    """File of the VAE that made the latents; empty: the one inside the teacher's checkpoint."""
+    vae3d: str = ""
+    """File of a VAE of clips: the table gets FID and FVD on its features; empty: it does not."""
+    rank: int = 0
+    """Rank of the auxiliary's and the student's LoRA; 0: full copies of the network (the paper)."""
+    alpha: float = 64.0
+    """LoRA alpha; the adapter's output is scaled by alpha / rank."""
+    targets: str = "qkv,attn.proj,fc1,fc2,to_qkv,to_out"
+    """Linear layers that get an adapter, by the end of their names."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the products; trained weights are float32 (float16 needs distill.loss_scale)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OccfmRun(RunConfig):
+    """OccFM occupancy forecasting, full copies of the transition network or adapters on it."""
+
+    TASK: ClassVar[str] = "mfd_fast.tasks.occfm:OccfmTask"
+    SHORT: ClassVar[dict[str, str]] = {"--data": "--occfm.store", "--vae": "--occfm.vae"}
+
+    occfm: OccfmSettings = field(default_factory=OccfmSettings)
+    """Data, decoder and what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Settings:
+    """Data and yardstick of a CIFAR-10 run."""
+
+    data: str = ""
+    """Folder of the unpacked CIFAR-10 archive, python or binary version."""
+    features: Literal["none", "inception", "dinov2"] = "none"
+    """What FID, precision and recall are measured on; none: the table has speeds only."""
+    features_model: str = ""
+    """Inception's weights file, or a folder or hub id of DINOv2."""
+    teacher_steps: int = 100
+    """Euler steps of the teacher's row (the paper: 100)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Run(RunConfig):
+    """Unconditional CIFAR-10, full copies of a UNet of mfd-fast pretrain cifar10."""
+
+    TASK: ClassVar[str] = "mfd_fast.tasks.cifar10:Cifar10Task"
+
+    cifar10: Cifar10Settings = field(default_factory=Cifar10Settings)
+    """Data and yardstick."""
+
+
+def _sana_optim(clip_norm: float) -> OptimConfig:
+    """The official script's optimizer; its moments are 8-bit, ours float32 unless asked for."""
+    return OptimConfig(lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=1e-4, clip_norm=clip_norm)
+
+
+SANA_STUDENT = {"guidance": 4.5, "student_steps": 4, "student_solver": "dpmpp_2m"}
+# Paper, sections 5 and D: 10 : 1, h = .03, logit-normal times, clip .5, 3,000 student updates.
+SANA_PAPER = DistillConfig(
+    **SANA_STUDENT,
+    step_size=0.03,
+    aux_updates=10,
+    student_updates=1,
+    student_optim=_sana_optim(0.5),
+    aux_optim=_sana_optim(0.5),
+)
+# The official launch script: 50 : 20, h = .02, uniform times on the 1/1000 grid, clip 1, 30,000
+# steps of either role, of which 20 / 70 are the student's.
+SANA_OFFICIAL = DistillConfig(
+    **SANA_STUDENT,
+    step_size=0.02,
+    grid=1000,
+    time_distribution="uniform",
+    aux_time_distribution="uniform",
+    aux_updates=50,
+    student_updates=20,
+    student_optim=_sana_optim(1.0),
+    aux_optim=_sana_optim(1.0),
+)
+SANA_1600M = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+SANA_600M = "Efficient-Large-Model/Sana_600M_1024px_diffusers"
+# Paper, sections 5 and D: 10 : 1, h = .02, logit-normal times, Adam, 100-step warm-up, clip 1, 30
+# epochs of 28,130 frames at 8 a step.  Its text names no learning rate: a quarter of the one that
+# the published teacher was trained with on one GPU.
+OCCFM_OPTIM = OptimConfig(lr=2e-5, weight_decay=0.0, warmup_updates=100)
+OCCFM_PAPER = DistillConfig(
+    guidance=2.0, step_size=0.02, student_optim=OCCFM_OPTIM, aux_optim=OCCFM_OPTIM
+)
+OCCFM_CYCLES = 30 * 28_130 // 8 // 11
+SANA_IMAGES = 16  # behind the result table
 
 PRESETS: dict[str, RunConfig] = {
     "digits": DigitsRun(
@@ -83,7 +189,80 @@ PRESETS: dict[str, RunConfig] = {
         ),
         train=TrainConfig(updates=400, batch_size=64),
     ),
+    # Paper D.1 gives the network's size and one step; the rest is that of its OccFM runs.
+    "cifar10": Cifar10Run(
+        preset="cifar10",
+        num_eval_samples=10_000,
+        distill=DistillConfig(
+            guidance=1.0,
+            step_size=0.02,
+            ema_decay=0.999,
+            student_optim=OCCFM_OPTIM,
+            aux_optim=OCCFM_OPTIM,
+        ),
+        train=TrainConfig(updates=20_000, batch_size=128, log_every=50),
+    ),
+    "sana-1.6b": SanaRun(
+        preset="sana-1.6b",
+        teacher=SANA_1600M,
+        num_eval_samples=SANA_IMAGES,
+        distill=SANA_PAPER,
+        train=TrainConfig(updates=3000),
+    ),
+    "sana-1.6b-official": SanaRun(
+        preset="sana-1.6b-official",
+        teacher=SANA_1600M,
+        num_eval_samples=SANA_IMAGES,
+        distill=SANA_OFFICIAL,
+        train=TrainConfig(updates=30_000 * 20 // 70),
+    ),
+    "sana-600m": SanaRun(
+        preset="sana-600m",
+        teacher=SANA_600M,
+        num_eval_samples=SANA_IMAGES,
+        distill=SANA_PAPER,
+        train=TrainConfig(updates=3000),
+    ),
+    "sana-tiny": SanaRun(
+        preset="sana-tiny",
+        num_eval_samples=4,
+        distill=replace(SANA_PAPER, step_size=0.2, aux_updates=2),
+        train=TrainConfig(updates=8, batch_size=2, log_every=2),
+        sana=SanaSettings(dtype="float32", rank=8, alpha=8.0, encode_ahead=4),
+    ),
+    "occfm": OccfmRun(
+        preset="occfm",
+        num_eval_samples=4369,
+        distill=replace(OCCFM_PAPER, loss_scale=65536.0),
+        train=TrainConfig(updates=OCCFM_CYCLES, batch_size=8),
+        occfm=OccfmSettings(dtype="float16"),
+    ),
+    "occfm-tiny": OccfmRun(
+        preset="occfm-tiny",
+        num_eval_samples=4,
+        distill=replace(OCCFM_PAPER, step_size=0.2, aux_updates=2),
+        train=TrainConfig(updates=2, batch_size=2, log_every=1),
+    ),
 }
+
+# --memory-profile GB: for a card of that memory.  A larger batch is not the paper's setting (1 a
+# GPU); it is there because it is faster a sample.
+MEMORY_PROFILES: dict[int, dict[str, Any]] = {
+    16: {"activation": "block", "batch_size": 1},
+    24: {"activation": "none", "batch_size": 1},
+    40: {"activation": "none", "batch_size": 2},
+    80: {"activation": "none", "batch_size": 4},
+}
+
+
+def with_memory(config: RunConfig, gigabytes: int) -> RunConfig:
+    """The config with the profile of a card; ``ValueError`` lists the profiles."""
+    if gigabytes not in MEMORY_PROFILES:
+        raise ValueError(
+            f"--memory-profile must be one of {list(MEMORY_PROFILES)} (GB of the card), got "
+            f"{gigabytes}; take the next smaller one"
+        )
+    return replace(config, train=replace(config.train, **MEMORY_PROFILES[gigabytes]))
 
 
 def preset(name: str) -> RunConfig:
@@ -101,9 +280,36 @@ def load_config(path: Path) -> RunConfig:
     """Read a config written by ``config.save_config``; unknown keys and wrong types are
     ``ValueError``.
     """
+    tree = _read_yaml(path)
+    if not isinstance(tree.get("preset"), str):
+        raise ValueError(f"{path} must name its preset; got {tree.get('preset')!r}")
+    return from_dict(type(preset(tree["preset"])), tree)
+
+
+def with_file(config: RunConfig, path: Path) -> RunConfig:
+    """The config with the keys of a YAML file, which need not be all."""
+    tree = _read_yaml(path)
+    if tree.get("preset", config.preset) != config.preset:
+        raise ValueError(f"{path} is of preset {tree['preset']!r}, not of {config.preset!r}")
+    return from_dict(type(config), _merged(to_dict(config), tree))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # here, so that the library itself needs no YAML
 
-    tree = yaml.safe_load(path.read_text())
-    if not isinstance(tree, dict) or not isinstance(tree.get("preset"), str):
-        raise ValueError(f"{path} must hold a mapping of config keys with a preset; got {tree!r}")
-    return from_dict(type(preset(tree["preset"])), tree)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of config keys; got {type(tree).__name__}")
+    return tree
+
+
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(tree)
+    for name, value in over.items():
+        is_section = isinstance(value, dict) and isinstance(tree.get(name), dict)
+        both[name] = _merged(tree[name], value) if is_section else value
+    return both

@@ -65,15 +65,19 @@ class SolverTable:
 
     def to(self, device: torch.device | str) -> "SolverTable":
         """The same table on ``device``, without waiting for it."""
-        if torch.device(device).type == "cpu":
-            return self
         names = ("times", "coef", "span", "start_weight", "order")
         moved = {
-            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
+            name: to_device(getattr(self, name), device)
             for name in names
             if getattr(self, name) is not None
         }
         return replace(self, **moved)
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Numbers of the host on ``device``, without waiting for it."""
+    is_cuda = torch.device(device).type == "cuda"
+    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 def _euler(nodes: np.ndarray) -> Rows:

@@ -3,7 +3,13 @@
 #
 #   scripts/gpu_check.sh OUT       writes OUT/results.json and OUT/log.txt; a table is printed last
 #
-# STAGES       which of "build test sanitize bench" to run (default: all, in this order)
+# STAGES       which stages to run (default: build test sanitize bench, in this order).  These take
+#              a run of their own each, after one with "build":
+#                step       whole updates of digits and SANA 1.6B, one switch at a time
+#                roofline   the device's copy bandwidth and product rates
+#                baseline   the literal diffusers + PEFT loop against ours; skipped without them
+#                profile    the digits preset under the profiler
+# STEP_MODELS  what "step" measures (default: digits sana-1.6b); STEP_FLAGS is handed to it
 # BENCH        which benchmarks, e.g. "interpolate glu_depthwise" (default: all that exist)
 # BENCH_FLAGS  handed to each, e.g. --no-compile
 # TESTS        what pytest is given besides -m gpu (default: tests)
@@ -21,8 +27,9 @@ stages=${STAGES:-build test sanitize bench}
 deadline=$((SECONDS + ${SECONDS_MAX:-525}))
 for stage in $stages; do
   case $stage in
-    build | test | sanitize | bench) ;;
-    *) echo "gpu_check: unknown stage '$stage'; there are build test sanitize bench" >&2; exit 2 ;;
+    build | test | sanitize | bench | step | roofline | baseline | profile) ;;
+    *) echo "gpu_check: unknown stage '$stage'; there are build test sanitize bench step roofline" \
+      "baseline profile" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out"
@@ -90,8 +97,36 @@ stage_bench() {
   for file in bench/bench_*.py; do
     name=$(basename "$file" .py)
     case " ${BENCH:-${name#bench_}} " in *" ${name#bench_} "*) ;; *) continue ;; esac
+    grep -q bench.harness "$file" || continue  # whole updates have stages of their own
     run "$name" 200 "$python" -m "bench.$name" --out "$work/$name.json" ${BENCH_FLAGS:-}
   done
+}
+
+stage_step() {
+  local model
+  for model in ${STEP_MODELS:-digits sana-1.6b}; do
+    run "step-$model" 480 "$python" -m bench.bench_step --model "$model" \
+      --out "$work/result_step_${model//[-.]/_}.json" ${STEP_FLAGS:-}
+  done
+}
+
+stage_roofline() {
+  run roofline 120 "$python" -m bench.roofline --out "$work/result_roofline.json" ${STEP_FLAGS:-}
+}
+
+stage_baseline() {
+  if "$python" -c 'import diffusers, peft' 2> /dev/null; then
+    run baseline 480 "$python" -m bench.bench_sana --size 1.6b --device cuda \
+      --out "$work/result_sana_literal.json"
+  else
+    echo "== baseline: skipped, diffusers and peft are not installed"
+  fi
+}
+
+stage_profile() {
+  run profile 120 "$python" -c 'import sys
+from mfd_fast.cli import main
+sys.exit(main(["profile", "digits", "--out", sys.argv[1]]))' "$out/profile"
 }
 
 for stage in $stages; do "stage_$stage"; done

@@ -18,7 +18,7 @@ from bench.record import table, write
 
 def collect(work: Path, results: Path) -> None:
     """One document: why it was skipped, or every stage's status and every benchmark's file."""
-    report: dict = {"status": "passed", "stages": [], "bench": {}}
+    report: dict = {"status": "passed", "stages": [], "bench": {}, "results": {}}
     skipped = work / "skipped"
     if skipped.exists():
         report["status"] = skipped.read_text().strip()
@@ -30,6 +30,8 @@ def collect(work: Path, results: Path) -> None:
             report["status"] = "failed"
     for path in sorted(work.glob("bench_*.json")):
         report["bench"][path.stem.removeprefix("bench_")] = json.loads(path.read_text())
+    for path in sorted(work.glob("result_*.json")):
+        report["results"][path.stem.removeprefix("result_")] = json.loads(path.read_text())
     results.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
 
@@ -39,6 +41,8 @@ def show(report: dict) -> None:
         copy = bench["config"]["copy_gb_s"]
         print(f"\n{name} on {bench['device']}, copy {copy} GB/s")
         print(table(bench["rows"]))
+    for name, result in report["results"].items():
+        print(f"\n{name} on {result['device']}", *result["rows"], sep="\n")
     print()
     for stage in report["stages"]:
         verdict = {0: "ok", 124: "out of time", 127: "not found"}.get(stage["status"], "FAILED")
@@ -48,7 +52,8 @@ def show(report: dict) -> None:
 
 def unpack(results: Path, folder: Path) -> None:
     """Write the benchmarks of a result file one by one, each row on a line."""
-    for name, bench in json.loads(results.read_text())["bench"].items():
+    report = json.loads(results.read_text())
+    for name, bench in (report["bench"] | report["results"]).items():
         device = re.sub(r"\W+", "_", bench["device"].lower()).strip("_")
         rows = bench.pop("rows")
         write(folder / f"{name}_{device}.json", bench, rows)

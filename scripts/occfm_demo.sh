@@ -4,7 +4,7 @@
 set -euo pipefail
 
 OUT=${1:-runs/occfm-demo}
-SCENES=${2:-48} VAE_UPDATES=${3:-400} TEACHER_UPDATES=${4:-400} STUDENT_UPDATES=${5:-60}
+SCENES=${2:-48} VAE_UPDATES=${3:-800} TEACHER_UPDATES=${4:-900} STUDENT_UPDATES=${5:-80}
 MFD_FAST=${MFD_FAST:-.venv/bin/mfd-fast}
 
 # 40 x 40 x 4 voxels, the grid of the model "tiny"

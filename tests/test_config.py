@@ -65,7 +65,7 @@ def test_setting_surface_is_frozen():
         ({"distill": {"step_sise": 0.1}}, "'distill.step_sise'; .*did you mean 'step_size'"),
         ({"distill": {"step_size": "big"}}, r"distill.step_size must be float, got 'big' \(str\)"),
         ({"distill": {"step_size": -1.0}}, "distill.step_size must be > 0, got -1.0"),
-        ({"distill": {"objective": "gan"}}, r"one of \['mfd', 'vsd'\], got 'gan'"),
+        ({"distill": {"objective": "gan"}}, r"one of \['mfd', 'vsd', .*\], got 'gan'"),
         ({"distill": 3}, "distill must be a mapping, got 3"),
         ({"train": {"batch_size": 0}}, "train.batch_size must be >= 1, got 0"),
         ({"train": {"batch_size": 1.5}}, "train.batch_size must be int"),

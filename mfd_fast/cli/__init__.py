@@ -1,7 +1,7 @@
 """The command line ``mfd-fast COMMAND``: one function a command, imported when it is typed.
 
-Exit codes: 0 done; 2 the request was wrong (one sentence on stderr, nothing overwritten); 130
-stopped by the user.
+Exit codes: 0 done; 2 the request was wrong (one sentence on stderr, nothing overwritten); 128 + the
+signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1.
 """
 
 import sys
@@ -9,19 +9,48 @@ from importlib import import_module
 
 from mfd_fast.config import nearest
 from mfd_fast.presets import PRESETS
+from mfd_fast.stop import Stopped
 
 # command -> where it is, module:function, and how it is typed
 COMMANDS: dict[str, tuple[str, str]] = {
     "distill": (
         "mfd_fast.cli.run:distill",
-        "PRESET [--out FOLDER] [--objective NAME] [--distill.KEY VALUE ...]",
+        "PRESET [--dry-run] [--out FOLDER] [--resume [CHECKPOINT]] [--config FILE.yaml] "
+        "[--objective NAME] [--memory-profile GB] [--distill.KEY VALUE ...]",
     ),
+    "config": ("mfd_fast.cli.config:config", "PRESET [settings as for distill]"),
+    "report": ("mfd_fast.cli.report:report", "RUN [RUN ...] [--out FILE.html]"),
     "sample": (
         "mfd_fast.cli.run:sample",
         "RUN [--out FILE.png] [--num N] [--seed S] [--prompt TEXT ...]",
     ),
-    "evaluate": ("mfd_fast.cli.run:evaluate", "RUN [--num-samples N]"),
-    "pretrain": ("mfd_fast.cli.run:pretrain", "digits [--out FOLDER] [--KEY VALUE ...]"),
+    "evaluate": (
+        "mfd_fast.cli.run:evaluate",
+        "RUN [--num-samples N] [--scores NAME=MODEL[:FILE],... [--prompts FILE]]",
+    ),
+    "export": ("mfd_fast.cli.export:export", "RUN --out FOLDER"),
+    "pretrain": (
+        "mfd_fast.cli.pretrain:pretrain",
+        "digits|occfm-vae|occfm|cifar10 [--out FOLDER] [--KEY VALUE ...]",
+    ),
+    "prepare": (
+        "mfd_fast.cli.prepare:prepare",
+        "occfm --data DIR --out STORE [--synthetic N] [--vae FILE] | --check STORE",
+    ),
+    "encode-prompts": (
+        "mfd_fast.cli.encode_prompts:encode_prompts",
+        "CHECKPOINT --prompts FILE --out STORE [--skip-bad] | --check STORE",
+    ),
+    "estimate": (
+        "mfd_fast.cli.estimate:estimate",
+        "PRESET [--gpu NAME|this-machine] [--gpus N] [--batch B] [--peak-tflops T --bandwidth GB/S "
+        "--memory GB] [--distill.KEY VALUE ...]",
+    ),
+    "study": ("mfd_fast.cli.study:study", "NAME|all [--out FOLDER] [--report FILE.md] [--seed S]"),
+    "compat": ("mfd_fast.cli.compat:compat", "sana --FLAG=VALUE ... (the official script's flags)"),
+    "completion": ("mfd_fast.cli.completion:completion", "bash|zsh|fish"),
+    "profile": ("mfd_fast.cli.profile:profile", "PRESET [--out FOLDER] [--cycles N] [--batch B]"),
+    "bench": ("mfd_fast.cli.bench:bench", "[--out FOLDER] [--only REGEX] [--smoke]"),
     "info": ("mfd_fast.cli.info:info", ""),
 }
 
@@ -55,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"mfd-fast {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"mfd-fast {argv[0]}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("mfd-fast: stopped", file=sys.stderr)
         return 130

@@ -4,9 +4,12 @@ import argparse
 import contextlib
 import io
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from mfd_fast.config import from_dict, nearest, to_dict
+from mfd_fast.config import DistillConfig, RunConfig, from_dict, nearest, to_dict
+from mfd_fast.presets import preset, with_file, with_memory
 
 
 def positional(argv: list[str], command: str, name: str) -> tuple[str, list[str]]:
@@ -29,13 +32,15 @@ def options(argv: list[str], **defaults) -> tuple[argparse.Namespace, list[str]]
     """The few options of a command itself, and everything else, left for the config.
 
     A default gives the type of its option: False makes a flag, a tuple an option that may be
-    repeated.
+    repeated, None one whose value may be left out ("" then).
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     for name, value in defaults.items():
         flag = f"--{name.replace('_', '-')}"
         if value is False:
             parser.add_argument(flag, action="store_true")
+        elif value is None:
+            parser.add_argument(flag, nargs="?", const="")
         elif isinstance(value, tuple):
             parser.add_argument(flag, action="append", default=[])
         else:
@@ -52,11 +57,27 @@ def no_more(rest: list[str], known: tuple[str, ...] = ()) -> None:
         )
 
 
-def with_objective(distill_config: Any, objective: str) -> Any:
-    """The same settings with another objective, checked by name."""
-    return from_dict(
-        type(distill_config), to_dict(distill_config) | {"objective": objective}, "distill."
-    )
+def preset_config(name: str, argv: list[str], command: str) -> RunConfig:
+    """A preset, then ``--memory-profile``, ``--config``, ``--objective`` and settings over it."""
+    own, rest = options(argv, config="", objective="", memory_profile=0)
+    base = preset(name)
+    if own.memory_profile:
+        base = with_memory(base, own.memory_profile)
+    if own.config:
+        base = with_file(base, Path(own.config))
+    if own.objective:
+        distill = to_dict(base.distill) | {"objective": own.objective}
+        base = replace(base, distill=from_dict(DistillConfig, distill, "distill."))
+    rest = [_long_name(word, base.SHORT) for word in rest]
+    config = parse_config(base, rest, f"mfd-fast {command} {name}")
+    if config.preset != name:
+        raise ValueError(f"the preset is named once: {name!r}; drop --preset {config.preset}")
+    return config
+
+
+def _long_name(word: str, short: dict[str, str]) -> str:
+    name, equals, value = word.partition("=")
+    return short.get(name, name) + equals + value
 
 
 def parse_config(default: Any, argv: list[str], prog: str) -> Any:

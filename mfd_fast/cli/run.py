@@ -1,43 +1,29 @@
-"""``mfd-fast distill | pretrain | sample | evaluate``: the life of a run."""
+"""``mfd-fast distill | sample | evaluate``: the life of a run."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from mfd_fast.cli.options import no_more, options, parse_config, positional, with_objective
+from mfd_fast.cli.options import no_more, options, positional, preset_config
 from mfd_fast.config import RunConfig
-from mfd_fast.presets import preset
+from mfd_fast.presets import SanaRun, load_config
 
 
 def distill(argv: list[str]) -> None:
-    """Distil a preset's teacher; leaves a run folder."""
+    """Distil a preset's teacher; leaves a run folder, or continues the run in one."""
     name, rest = positional(argv, "distill", "PRESET")
-    own, rest = options(rest, out="", objective="")
-    base = preset(name)
-    if own.objective:
-        base = replace(base, distill=with_objective(base.distill, own.objective))
-    config = parse_config(base, rest, f"mfd-fast distill {name}")
-    if config.preset != name:
-        raise ValueError(f"the preset is named once: {name!r}; drop --preset {config.preset}")
+    own, rest = options(rest, out="", resume=None, dry_run=False)
+    out = Path(own.out) if own.out else None
+    if own.resume is not None:
+        out, own.resume = resumed_run(out, own.resume)
+        rest = saved_settings(out, name) + rest
+    config = preset_config(name, rest, "distill")
+    if own.dry_run:
+        from mfd_fast.cli.dry_run import dry_run
+
+        dry_run(config, out or free_folder(config))
+        return
     from mfd_fast.runner import run_distillation
 
-    run_distillation(config, Path(own.out) if own.out else free_folder(config))
-
-
-def pretrain(argv: list[str]) -> None:
-    """Train a preset's teacher from scratch."""
-    name, rest = positional(argv, "pretrain", "PRESET")
-    if name != "digits":
-        raise ValueError(
-            f"only the digits teacher is trained here, got {name!r}; there is ['digits']"
-        )
-    own, rest = options(rest, out="runs/digits-teacher")
-    from mfd_fast.tasks.digits_eval import format_table
-    from mfd_fast.tasks.digits_teacher import PretrainConfig
-    from mfd_fast.tasks.digits_teacher import pretrain as pretrain_digits
-
-    config = parse_config(PretrainConfig(), rest, "mfd-fast pretrain digits")
-    metrics = pretrain_digits(config, Path(own.out))
-    print(format_table(metrics["evaluation"]))
+    run_distillation(config, out or free_folder(config), resume=own.resume)
 
 
 def sample(argv: list[str]) -> None:
@@ -58,15 +44,61 @@ def sample(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """Repeat a run's result table."""
+    """Repeat a run's result table, with scores of its images if their models are named."""
     folder, rest = positional(argv, "evaluate", "RUN")
-    own, rest = options(rest, num_samples=0)
-    no_more(rest, ("--num-samples",))
+    own, rest = options(rest, num_samples=0, scores="", prompts="")
+    no_more(rest, ("--num-samples", "--scores", "--prompts"))
+    if own.prompts and not own.scores:
+        raise ValueError("--prompts names the file that --scores reads; type both, or neither")
     from mfd_fast.runner import open_run
 
     run, task = open_run(folder)
     num_samples = own.num_samples or run.config.num_eval_samples
-    print(task.format_table(task.evaluate(run, num_samples)))
+    if own.scores:
+        rows = task.evaluate(run, num_samples, score_sources(run.config, own.scores), own.prompts)
+    else:
+        rows = task.evaluate(run, num_samples)
+    print(task.format_table(rows))
+
+
+def score_sources(config: RunConfig, scores: str) -> dict[str, str]:
+    """``--scores`` read; ``ValueError`` for a run that makes no images of prompts."""
+    from mfd_fast.tasks.sana_scores import parse_sources
+
+    if not isinstance(config, SanaRun):
+        raise ValueError(
+            f"--scores judges images made of prompts; {config.preset} makes none, leave it out"
+        )
+    return parse_sources(scores)
+
+
+def resumed_run(out: Path | None, wanted: str) -> tuple[Path, str]:
+    """The run folder that ``--resume`` means, and the checkpoint in it, ``""`` for the newest."""
+    if not wanted and out is None:
+        raise ValueError(
+            "--resume continues the run in a folder; name it: --out FOLDER, or --resume FOLDER"
+        )
+    if not wanted:
+        return out, ""
+    path = Path(wanted)
+    is_run = (path / "config.yaml").is_file()
+    folder = path if is_run else path.parent.parent
+    if not path.is_dir():
+        raise ValueError(f"--resume takes a run folder or one of its checkpoints; {path} is none")
+    if out is not None and not (out.exists() and out.samefile(folder)):
+        raise ValueError(f"a run continues in its own folder, {folder}; drop --out {out}")
+    return folder, "" if is_run else wanted
+
+
+def saved_settings(out: Path, name: str) -> list[str]:
+    """The options that start from the settings of the run in ``out``, if there is one."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        return []
+    saved = load_config(path).preset
+    if saved != name:
+        raise ValueError(f"{out} is a run of {saved}; type mfd-fast distill {saved} --out {out}")
+    return ["--config", str(path)]
 
 
 def free_folder(config: RunConfig) -> Path:

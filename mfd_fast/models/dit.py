@@ -54,9 +54,12 @@ class DiTConfig:
     num_classes: int = 10
     """Classes; the label ``num_classes`` is one more, the null class of guidance."""
 
+    second_time: bool = False
+    """Whether the network also takes the earlier time that a flow map goes to."""
+
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if value < 1:
+            if name != "second_time" and value < 1:
                 raise ValueError(f"DiTConfig.{name} must be >= 1, got {value}")
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -85,6 +88,10 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(patch, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label_embedding = nn.Embedding(config.num_classes + 1, width)
+        if config.second_time:
+            self.span_mlp = nn.Sequential(
+                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            )
         self.modulation = nn.Linear(width, (MODULATIONS_PER_BLOCK * config.depth + 2) * width)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth)
@@ -100,10 +107,25 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.label_embedding.weight, std=0.5)
-        for module in (self.modulation, self.patch_out):
+        zeros = [self.modulation, self.patch_out]
+        if self.config.second_time:
+            zeros.append(self.span_mlp[-1])
+        for module in zeros:
             nn.init.zeros_(module.weight)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    @property
+    def middle(self) -> nn.Module:
+        """The block whose tokens ``[B, T, D]`` a discriminator reads."""
+        return self.blocks[self.config.depth // 2]
+
+    @property
+    def middle_width(self) -> int:
+        """D of :attr:`middle`."""
+        return self.config.width
+
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, end: Tensor | None = None
+    ) -> Tensor:
         """Velocity ``v = eps - x_0`` at the state ``x`` and the time ``t``.
 
         Args:
@@ -111,6 +133,8 @@ class DiT(nn.Module):
             t: times ``[B]`` float32, 1 = noise, 0 = data.
             label: classes ``[B]`` int64, ``num_classes`` for the null class; None is the null
                 class for all.  Values are not checked: that would stall the device.
+            end: times ``[B]`` float32 that a flow map goes to, for a network with a second time; t
+                itself if None.
 
         Returns:
             ``[B, C, H, W]`` in the dtype of ``x``.
@@ -118,9 +142,9 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape does not fit the config.
         """
-        self._check(x, t, label)
+        self._check(x, t, label, end)
         tokens = self.patch_in(self._patchify(x)) + self.positions
-        modulation = self.modulation(F.silu(self._condition(t, label))).unsqueeze(1)
+        modulation = self.modulation(F.silu(self._condition(t, label, end))).unsqueeze(1)
         *per_block, shift, scale = modulation.chunk(
             MODULATIONS_PER_BLOCK * self.config.depth + 2, dim=-1
         )
@@ -129,7 +153,7 @@ class DiT(nn.Module):
             tokens = block(tokens, per_block[first : first + MODULATIONS_PER_BLOCK])
         return self._unpatchify(self.patch_out(modulated_norm(tokens, shift, scale)))
 
-    def _check(self, x: Tensor, t: Tensor, label: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, label: Tensor | None, end: Tensor | None) -> None:
         cfg = self.config
         image = (cfg.channels, cfg.image_size, cfg.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != image:
@@ -137,19 +161,27 @@ class DiT(nn.Module):
                 f"DiT: x must be images of shape [B, {', '.join(map(str, image))}]; "
                 f"got {list(x.shape)}"
             )
-        for name, value in (("t", t), ("label", label)):
+        if end is not None and not cfg.second_time:
+            raise ValueError("DiT: end needs a network with DiTConfig.second_time; drop end")
+        for name, value in (("t", t), ("label", label), ("end", end)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(
                     f"DiT: {name} must have one value per image, shape [{x.shape[0]}]; "
                     f"got {list(value.shape)}"
                 )
 
-    def _condition(self, t: Tensor, label: Tensor | None) -> Tensor:  # [B], [B] -> [B, D]
-        angle = TIME_SCALE * t.float()[:, None] * self.frequencies.float()
-        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
+    def _condition(self, t: Tensor, label: Tensor | None, end: Tensor | None) -> Tensor:  # [B, D]
         classes = self.label_embedding.weight
         label_features = classes[-1] if label is None else F.embedding(label, classes)
-        return self.time_mlp(waves.to(classes.dtype)) + label_features
+        condition = self.time_mlp(self._waves(t)) + label_features
+        if not self.config.second_time:
+            return condition
+        return condition + self.span_mlp(
+            self._waves(torch.zeros_like(t) if end is None else t - end)
+        )
+
+    def _waves(self, t: Tensor) -> Tensor:  # [B] -> [B, D]
+        return time_waves(t, self.frequencies).to(self.label_embedding.weight.dtype)
 
     def _patchify(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, T, C * P * P]
         p = self.config.patch_size
@@ -192,6 +224,12 @@ class Block(nn.Module):
 def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``layer_norm(tokens) * (1 + scale) + shift``; tokens ``[B, T, D]``, others ``[B, 1, D]``."""
     return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:]), 1 + scale)
+
+
+def time_waves(t: Tensor, frequencies: Tensor) -> Tensor:
+    """Sinusoidal embedding ``[B, D]`` float32 of times ``[B]``; frequencies ``[D / 2]``."""
+    angle = TIME_SCALE * t.float()[:, None] * frequencies.float()
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
 def frequency_table(width: int) -> Tensor:

@@ -15,7 +15,18 @@ Metrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """Turns the student's samples into a loss whose gradient moves them."""
+    """Turns the student's samples into a loss whose gradient moves them.
+
+    roles: what it trains, in the order of a cycle.
+    sampler: how its student takes K steps (``sampling.few_step``).
+    uses_data: whether the condition of an update is a pair (samples of the data, condition).
+    second_time: whether its student takes the end of the step as a second time.
+    """
+
+    roles: tuple[str, ...]
+    sampler: str
+    uses_data: bool
+    second_time: bool
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
         """The times of one update; host random numbers only."""
@@ -36,6 +47,10 @@ class IntervalObjective:
     A subclass draws the intervals and may weight the samples.  The three phases are separate so
     that each can be one CUDA graph (``captured.py``); ``student_loss`` is their composition.
     """
+
+    roles = ("aux", "student")
+    sampler = "flow"
+    uses_data = second_time = False
 
     def __init__(self, config: DistillConfig):
         self.config = config

@@ -59,7 +59,7 @@ def sample_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> Non
     width = LABEL_INCHES + columns * CELL_INCHES
     height = 0.45 + sum(num_lines) * CELL_INCHES + GROUP_GAP_INCHES * len(rows)
     gap = GROUP_GAP_INCHES * len(rows) / (sum(num_lines) * CELL_INCHES)  # in mean axis heights
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.subplots(
         len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": num_lines, "hspace": gap}
     )[:, 0]
@@ -71,7 +71,7 @@ def sample_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> Non
         axis.set_axis_off()
         axis.text(-0.012, 0.5, name, transform=axis.transAxes, ha="right", va="center", color=INK)
     figure.suptitle(title, x=0.1 / width, y=1 - 0.1 / height, ha="left", va="top", color=INK)
-    _write(figure, path)
+    write_png(figure, path)
 
 
 def _montage(images: Tensor, name: str) -> Tensor:
@@ -113,7 +113,7 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
             f"training_curves: expected rows with some of {[key for key, _, _ in CURVES]}; "
             f"got {len(history)} rows with {sorted({key for row in history for key in row})}"
         )
-    figure = _figure(4.0 * len(curves), 3.0)
+    figure = new_figure(4.0 * len(curves), 3.0)
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, (title, colour, points) in zip(axes, curves, strict=True):
         updates, values = zip(*points, strict=True)
@@ -129,7 +129,7 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(FAINT)
     figure.tight_layout()
-    _write(figure, path)
+    write_png(figure, path)
 
 
 def smoothed(values: tuple[float, ...]) -> list[float]:
@@ -146,12 +146,14 @@ def smoothed(values: tuple[float, ...]) -> list[float]:
     return line
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_png(figure: Figure, path: str | Path) -> None:
+    """Write the figure; its folder is made if it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

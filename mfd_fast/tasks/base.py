@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from mfd_fast.backbone import Backbone
 from mfd_fast.distiller import Distiller
+from mfd_fast.flow import Schedule
 from mfd_fast.run_folder import RunFolder
 
 
@@ -13,6 +16,15 @@ class Task(Protocol):
     """One preset: built from its RunConfig; loading a bad file is a ``ValueError`` or
     ``OSError``.
     """
+
+    device: torch.device
+
+    def check(self) -> dict[str, str]:
+        """Look at every file the run needs without loading weights; what was found, by name.
+
+        ``ValueError`` or ``OSError`` as the run would raise it.
+        """
+        ...
 
     def backbone(self) -> Backbone:
         """Teacher, auxiliary and student on the configured device."""
@@ -23,6 +35,14 @@ class Task(Protocol):
 
         It keeps no state, so that a run continued at update n sees what it would have seen.
         """
+        ...
+
+    def schedule(self) -> Schedule | None:
+        """The times of the student's sampler; None: equal steps."""
+        ...
+
+    def preview(self, distiller: Distiller, path: Path) -> None:
+        """A picture of the student as it is now, drawn between two updates."""
         ...
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
@@ -45,4 +65,10 @@ class Task(Protocol):
         self, run: RunFolder, path: Path, *, num: int, seed: int, prompts: Sequence[str] = ()
     ) -> None:
         """Pictures of the student alone; ``num`` 0: as many as suit the task."""
+        ...
+
+    def export(self, run: RunFolder, out: Path) -> Path:
+        """The student as a full checkpoint in its teacher's layout; ``ValueError`` if
+        student.safetensors is one already.
+        """
         ...

@@ -10,13 +10,18 @@ from torch import Generator, Tensor
 from mfd_fast.activation import apply_activation_policy
 from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.config import RunConfig
+from mfd_fast.data.digits import load_digits
 from mfd_fast.distiller import Distiller
 from mfd_fast.models.dit import load_dit, save_dit
+from mfd_fast.models.second_time import with_second_time
+from mfd_fast.objectives import make_objective
+from mfd_fast.objectives.sampling import StudentSampler
 from mfd_fast.run_folder import STUDENT, RunFolder
+from mfd_fast.solvers import to_device
+from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.digits_classifier import NUM_CLASSES
 from mfd_fast.tasks.digits_eval import (
     TEACHER_STEPS,
-    DiTSampler,
     draw_noise,
     evaluate_digits,
     format_table,
@@ -37,24 +42,31 @@ class DigitsTask:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        name = config.train.device
-        if name == "cuda" and not torch.cuda.is_available():
-            raise ValueError("train.device is cuda, but no NVIDIA GPU is visible; use cpu or auto")
-        is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if is_cuda else "cpu")
+        self.device = pick_device(config.train.device)
         self.teacher = load_teacher(config.teacher or None).to(self.device)
+
+    def check(self) -> dict[str, str]:
+        size = sum(parameter.numel() for parameter in self.teacher.parameters())
+        name = self.config.teacher or "packaged with mfd-fast"
+        return {"teacher": f"{name}, {size:,} numbers"}
 
     def backbone(self) -> CopiedBackbone:
         shape = (self.teacher.config.channels, *(self.teacher.config.image_size,) * 2)
         null = self.teacher.config.num_classes
+        takes_second_time = make_objective(self.config.distill).second_time
         backbone = CopiedBackbone(
-            self.teacher, sample_shape=shape, null_cond=lambda label: torch.full_like(label, null)
+            self.teacher,
+            student=with_second_time(self.teacher) if takes_second_time else None,
+            sample_shape=shape,
+            null_cond=lambda label: torch.full_like(label, null),
         )
         apply_activation_policy(backbone.student, self.config.train.activation, BLOCKS)
         return backbone
 
-    def conditions(self) -> Callable[[int], Tensor]:
-        """Uniform labels ``[B]`` int64."""
+    def conditions(self) -> Callable[[int], Any]:
+        """Uniform labels ``[B]`` int64; for an objective that uses data, (digits, their labels)."""
+        if make_objective(self.config.distill).uses_data:
+            return self._examples()
         batch, classes = self.config.train.batch_size, self.teacher.config.num_classes
         seed = self.config.distill.seed
 
@@ -64,6 +76,28 @@ class DigitsTask:
             return labels.to(self.device, non_blocking=True)
 
         return next_cond
+
+    def _examples(self) -> Callable[[int], tuple[Tensor, Tensor]]:
+        images, labels = (part.to(self.device) for part in load_digits())
+        batch, seed = self.config.train.batch_size, self.config.distill.seed
+
+        def next_cond(n: int) -> tuple[Tensor, Tensor]:
+            generator = Generator().manual_seed(seed * SEED_STRIDE + n)
+            rows = to_device(torch.randint(len(images), (batch,), generator=generator), self.device)
+            return images[rows], labels[rows]
+
+        return next_cond
+
+    def schedule(self) -> None:
+        return None
+
+    def preview(self, distiller: Distiller, path: Path) -> None:
+        from mfd_fast.report.pictures import sample_grid
+
+        noise, labels = self._grid_noise(GRID_COLUMNS, EVALUATION_SEED)
+        images = distiller.generate(noise, labels)
+        done = distiller.num_updates["student"]
+        sample_grid({"student": images}, path, title=f"after {done} student updates")
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
         with distiller.averaged_student():
@@ -127,12 +161,15 @@ class DigitsTask:
             images = sampler(noise, labels)
         sample_grid({name: images}, path, title=f"{num} samples, seed {seed}")
 
+    def export(self, run: RunFolder, out: Path) -> Path:
+        raise ValueError(f"{run / STUDENT} is a full checkpoint already; copy it")
+
     def _grid_noise(self, num: int, seed: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(num, device=self.device) % NUM_CLASSES
         return draw_noise(num, seed, self.device), labels
 
-    def _student_sampler(self, run: RunFolder) -> dict[str, DiTSampler]:
+    def _student_sampler(self, run: RunFolder) -> dict[str, StudentSampler]:
         distill = self.config.distill
         model = load_dit(run / STUDENT).to(self.device).eval()
         name = sampler_name("student", distill.student_steps)
-        return {name: DiTSampler(model, distill.student_steps, solver=distill.student_solver)}
+        return {name: StudentSampler(model, distill, make_objective(distill).sampler)}

@@ -14,6 +14,7 @@ from mfd_fast.metrics import frechet_distance, precision_recall
 from mfd_fast.models.dit import DiT
 from mfd_fast.solvers import EVALUATIONS_PER_STEP
 from mfd_fast.tasks.digits_classifier import NUM_CLASSES, DigitsClassifier
+from mfd_fast.tasks.table import markdown_table
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,7 +71,6 @@ def teacher_samplers(teacher: DiT, guidance: float) -> dict[str, DiTSampler]:
     }
 
 
-@torch.no_grad()
 def evaluate_digits(
     samplers: Mapping[str, Sampler],
     *,
@@ -105,32 +105,42 @@ def evaluate_digits(
         raise ValueError(
             f"evaluate_digits: reference must be one of {list(samplers)}, got {reference!r}"
         )
-    device = next(classifier.parameters()).device
-    labels = torch.arange(num_samples, device=device) % NUM_CLASSES
-    data = classifier.features(load_digits()[0].to(device))
-    noise = draw_noise(num_samples, seed + REFERENCE_SEED_OFFSET, device)
-    teacher = classifier.features(draw_images(samplers[reference], noise, labels)[0])
+    yardstick = Yardstick(classifier, samplers[reference], num_samples=num_samples, seed=seed)
+    return [yardstick.row(name, sampler) for name, sampler in samplers.items()]
 
-    noise = draw_noise(num_samples, seed, device)
-    rows = []
-    for name, sampler in samplers.items():
-        images, seconds = draw_images(sampler, noise, labels)
-        features = classifier.features(images)
-        manifold = precision_recall(data, features)
-        agrees = classifier.logits(features).argmax(1) == labels
-        rows.append(
-            {
-                "name": name,
-                "nfe": getattr(sampler, "nfe", None),
-                "frechet_to_teacher50": frechet_distance(features, teacher),
-                "frechet_to_data": frechet_distance(features, data),
-                "precision": manifold.precision,
-                "recall": manifold.recall,
-                "accuracy": agrees.double().mean().item(),
-                "samples_per_s": num_samples / seconds,
-            }
-        )
-    return rows
+
+class Yardstick:
+    """What samplers are measured against, drawn once: see ``evaluate_digits`` for arguments."""
+
+    @torch.no_grad()
+    def __init__(
+        self, classifier: DigitsClassifier, reference: Sampler, *, num_samples: int, seed: int
+    ):
+        device = next(classifier.parameters()).device
+        self.classifier = classifier
+        self.labels = torch.arange(num_samples, device=device) % NUM_CLASSES
+        self.data = classifier.features(load_digits()[0].to(device))
+        noise = draw_noise(num_samples, seed + REFERENCE_SEED_OFFSET, device)
+        self.teacher = classifier.features(draw_images(reference, noise, self.labels)[0])
+        self.noise = draw_noise(num_samples, seed, device)
+
+    @torch.no_grad()
+    def row(self, name: str, sampler: Sampler) -> dict[str, Any]:
+        """One row of ``evaluate_digits``."""
+        images, seconds = draw_images(sampler, self.noise, self.labels)
+        features = self.classifier.features(images)
+        manifold = precision_recall(self.data, features)
+        agrees = self.classifier.logits(features).argmax(1) == self.labels
+        return {
+            "name": name,
+            "nfe": getattr(sampler, "nfe", None),
+            "frechet_to_teacher50": frechet_distance(features, self.teacher),
+            "frechet_to_data": frechet_distance(features, self.data),
+            "precision": manifold.precision,
+            "recall": manifold.recall,
+            "accuracy": agrees.double().mean().item(),
+            "samples_per_s": len(images) / seconds,
+        }
 
 
 def draw_noise(num_samples: int, seed: int, device: torch.device | str) -> Tensor:
@@ -156,21 +166,5 @@ def _finish(device: torch.device) -> None:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of ``evaluate_digits`` as a Markdown table, aligned to read as plain text."""
-    cells = [[title for title, _, _ in COLUMNS]]
-    for row in rows:
-        values = [(row[key], form) for _, key, form in COLUMNS]
-        cells.append(["-" if value is None else format(value, form) for value, form in values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(_aligned(line, widths)) + " |" for line in cells]
-    rule = "|".join(
-        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    lines.insert(1, f"|{rule}|")
-    return "\n".join(lines)
-
-
-def _aligned(cells: list[str], widths: list[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    first, *others = zip(cells, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    """The rows of ``evaluate_digits`` as a Markdown table."""
+    return markdown_table(rows, COLUMNS)

@@ -1,0 +1,70 @@
+"""Table 4 of the paper (SANA on one RTX PRO 6000) beside what ``mfd-fast estimate`` says.
+
+python -m bench.table4 --out bench/results/table4_estimate.json
+
+Nothing is fitted: presets, data sheet and assumed shares are those of the command.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from bench.record import header, write
+from mfd_fast.cost import device_named, estimate
+from mfd_fast.cost.devices import assumed
+from mfd_fast.presets import preset
+from mfd_fast.tasks.meta import meta_model
+
+GPU = "rtx-pro-6000"
+PRESET = "sana-1.6b"
+# Hours and gigabytes, Table 4 of the paper; its VSD is Diff-Instruct.
+PAPER = {"mfd": (25, 20), "vsd": (22, 20)}
+
+
+def row(objective: str) -> dict:
+    """The estimate and the paper's numbers for one objective."""
+    config = preset(PRESET)
+    config = replace(config, distill=replace(config.distill, objective=objective))
+    device = device_named(GPU)
+    run = estimate(meta_model, config, device, assumed(is_captured=config.train.capture))
+    work = run.cycle.total
+    at_the_ceiling = work.flops * run.cycles / (device.bf16_tflops * 1e12) / 3600
+    hours, gigabytes = PAPER[objective]
+    return {
+        "objective": objective,
+        "paper_hours": hours,
+        "paper_gb": gigabytes,
+        "hours": round(run.hours, 3),
+        "gb": round(sum(run.memory.values()) / 1e9, 2),
+        "hours_at_the_data_sheet": round(at_the_ceiling, 3),
+        "cycles": int(run.cycles),
+        "tflop_a_cycle": round(work.flops / 1e12, 1),
+        "evaluations": round(run.cycle.evaluations, 2),
+        "seconds_a_cycle": round(run.cycle_seconds, 3),
+        "paper_seconds_a_cycle": round(hours * 3600 / run.cycles, 1),
+        "memory_gb": {name: round(size / 1e9, 3) for name, size in run.memory.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    efficiency = assumed(is_captured=preset(PRESET).train.capture)
+    config = {
+        "preset": PRESET,
+        "gpu": GPU,
+        "rates": device_named(GPU).source,
+        "shares": efficiency.shares,
+        "bandwidth_share": efficiency.bandwidth,
+        "host_us": efficiency.host_seconds * 1e6,
+        "efficiency": efficiency.source,
+    }
+    rows = [row(objective) for objective in PAPER]
+    print(*rows, sep="\n")
+    write(args.out, header("table4", "cpu", config), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,256 @@
+"""What one cycle of updates does, traced on a backbone without storage: work and memory by phase.
+
+The trace runs the ``Distiller`` itself.  Only the integration is put together: one step is traced
+for several numbers of samples still moving, and weighted by how often the run's own draws of (t, r)
+ask for each.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from mfd_fast.backbone import Backbone, Lane
+from mfd_fast.config import DistillConfig, OptimConfig
+from mfd_fast.cost.operators import stored_bytes
+from mfd_fast.cost.trace import Memory, Op, Trace, Work
+from mfd_fast.distiller import Distiller
+from mfd_fast.flow import Schedule
+from mfd_fast.integrate import Trajectories
+from mfd_fast.objectives import make_objective
+from mfd_fast.solvers import SolverTable, plan
+
+DRAWS = 4096  # pairs (t, r) that are drawn for the expected numbers of evaluations
+INTEGRATE = "student/integrate"
+
+# Bytes of optimizer state per parameter: two float32 moments; or two 8-bit ones with a float32
+# scale for every block of 256 (bitsandbytes, torchao).
+MOMENT_BYTES = {
+    "adamw": 8.0,
+    "fused_adam": 8.0,
+    "adamw8bit": 2 + 2 * 4 / 256,
+    "adamw8bit_torchao": 2 + 2 * 4 / 256,
+}
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """What a preset distils, without storage: a backbone on ``meta`` and its conditions.
+
+    ``cond(batch)`` makes the condition of an update, leaves ``[batch, ...]`` on ``meta``.
+    """
+
+    backbone: Backbone
+    cond: Callable[[int], Any]
+    schedule: Schedule | None = None
+
+
+class MetaOptimizer(Optimizer):
+    """AdamW of one kind without storage: its step is charged to the trace, nothing is computed."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: OptimConfig):
+        super().__init__(parameters, {"lr": config.lr, "fused": True})
+        self.kind = config.kind
+        self.trace: Trace | None = None
+
+    def step(self) -> None:
+        if self.trace is None:
+            return
+        (group,) = self.param_groups
+        moved = sum(
+            p.numel() * (3 * p.element_size() + 2 * moment_bytes(self.kind))
+            for p in group["params"]
+        )
+        self.trace.record(Op(self.kind, "optimizer", torch.float32, 0.0, moved))
+
+
+def moment_bytes(kind: str) -> float:
+    """Bytes of optimizer state per parameter; ``ValueError`` for a kind that is not known here."""
+    if kind not in MOMENT_BYTES:
+        raise ValueError(f"the state of optimizer {kind!r} is not known; {sorted(MOMENT_BYTES)} is")
+    return MOMENT_BYTES[kind]
+
+
+class MetaDistiller(Distiller):
+    """A ``Distiller`` without storage whose integrations take one evaluation."""
+
+    def __init__(self, model: MetaModel, config: DistillConfig):
+        backbone = model.backbone
+        optimizers = {
+            "aux": MetaOptimizer(backbone.parameters_of("aux"), config.aux_optim),
+            "student": MetaOptimizer(backbone.parameters_of("student"), config.student_optim),
+        }
+        super().__init__(backbone, config, optimizers, schedule=model.schedule)
+
+    def listen(self, trace: Trace) -> None:
+        """Charge phases and optimizer steps to ``trace``."""
+        self.phase = trace.phase
+        for optimizer in self.optimizers.values():
+            optimizer.trace = trace
+
+    def _draw_table(self, cond: Any) -> SolverTable:
+        half = torch.full((len(_leaf(cond)),), 0.5)
+        return plan(half, half, step_size=self.config.step_size, solver=self.config.solver)
+
+
+@dataclass
+class CycleCost:
+    """One cycle at one batch size.
+
+    phases: expected work of every phase, all its updates of the cycle together.
+    evaluations: expected ODE evaluations of one lane of one sample in a student update.
+    persistent: bytes by component of what stays from update to update.
+    memory: what was alive above that, by phase.
+    gradients: bytes of one role's gradients, what several GPUs sum in an update.
+    """
+
+    batch: int
+    phases: dict[str, Work]
+    evaluations: float
+    persistent: dict[str, float]
+    memory: Memory
+    gradients: dict[str, float]
+
+    @property
+    def total(self) -> Work:
+        """All phases together."""
+        total = Work()
+        for work in self.phases.values():
+            total.add(work)
+        return total
+
+
+def trace_cycle(model: MetaModel, config: DistillConfig, batch: int) -> CycleCost:
+    """Trace the updates of one cycle for ``batch`` samples an update.
+
+    ``ValueError`` if the batch does not divide into ``config.micro_batches``, or for an objective
+    that ``Distiller`` does not train.
+    """
+    distiller, cond = MetaDistiller(model, config), model.cond(batch)
+    with Trace(counts_work=False) as first:  # gradients, tables and plans are made now and stay
+        distiller.aux_step(cond)
+        distiller.student_step(cond)
+    share = adapter_share(model.backbone, distiller.objective.lanes)
+    with Trace({INTEGRATE: share}) as trace:
+        distiller.listen(trace)
+        distiller.aux_step(cond)
+        distiller.student_step(cond)
+    phases = {
+        name: Work().add(work, _updates(config, name)) for name, work in trace.work.items() if name
+    }
+    parts = config.micro_batches
+    rows = batch // parts
+    counts = Counter(expected_evaluations(config, rows))
+    evaluations = sum(n * count for n, count in counts.items()) / rows
+    counts[rows] -= 1.0  # the one that was traced
+    steps = _trace_steps(distiller, model.cond(rows), share, config)
+    phases[INTEGRATE].add(_weighted(steps, counts), parts * config.student_updates)
+    persistent = _persistent(distiller, first.memory)
+    gradients = {
+        role: float(sum(stored_bytes(p) for p in model.backbone.parameters_of(role)))
+        for role in ("aux", "student")
+    }
+    return CycleCost(batch, phases, evaluations, persistent, trace.memory, gradients)
+
+
+@lru_cache(maxsize=64)
+def expected_evaluations(config: DistillConfig, rows: int) -> Mapping[int, float]:
+    """n -> expected evaluations of an update of ``rows`` samples at which n of them still move."""
+    objective = make_objective(config)
+    generator = Generator().manual_seed(0)
+    updates = max(8, DRAWS // rows)
+    counts: Counter = Counter()
+    for _ in range(updates):
+        counts.update(objective.draw(rows, generator).active)
+    return {n: count / updates for n, count in counts.items()}
+
+
+def adapter_share(backbone: Backbone, lanes: tuple[Lane, ...]) -> float:
+    """Lanes that use an adapter among ``lanes``; 1 for a backbone without adapters."""
+    adapters_of = getattr(backbone, "adapters_of", None)
+    if adapters_of is None:
+        return 1.0
+    return sum(bool(adapters_of[lane.role]) for lane in lanes) / len(lanes)
+
+
+def _trace_steps(
+    distiller: MetaDistiller, cond: Any, share: float, config: DistillConfig
+) -> dict[int, Work]:
+    """One evaluation and one solver step for 1, 4, 16, ... and all samples still moving."""
+    backbone, objective = distiller.backbone, distiller.objective
+    rows = len(_leaf(cond))
+    sizes = sorted({rows, *(4**k for k in range(rows.bit_length()) if 4**k < rows)})
+    shape = (rows, 2, *backbone.sample_shape)
+    moving = Trajectories.like(
+        torch.empty(shape, device=backbone.device),
+        len(objective.lanes),
+        backbone.dtype,
+        has_history=config.solver != "euler",
+    )
+    times, coef = (torch.empty(rows, *tail, device=backbone.device) for tail in ((), (5,)))
+    work = {}
+    with torch.no_grad():
+        prepared = backbone.prepare(cond)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return objective.velocity(backbone, prepared, x, t)
+
+        moving.step(velocity, rows, times, coef, config.guidance)
+        for n in sizes:
+            with Trace({INTEGRATE: share}) as trace, trace.phase(INTEGRATE):
+                moving.step(velocity, n, times[:n], coef[:n], config.guidance)
+            work[n] = trace.work[INTEGRATE]
+    return work
+
+
+def _weighted(steps: dict[int, Work], counts: Counter) -> Work:
+    """The sum over n of counts[n] steps of n samples, linear between the sizes that were traced."""
+    total, sizes = Work(), sorted(steps)
+    for n, count in counts.items():
+        above = next(size for size in sizes if size >= n)
+        below = max((size for size in sizes if size <= n), default=above)
+        part = 0.0 if above == below else (n - below) / (above - below)
+        total.add(steps[above], count * part if above != below else count)
+        if above != below:
+            total.add(steps[below], count * (1 - part))
+    return total
+
+
+def _updates(config: DistillConfig, phase: str) -> int:
+    return config.aux_updates if phase.startswith("aux/") else config.student_updates
+
+
+def _persistent(distiller: Distiller, first: Memory) -> dict[str, float]:
+    """Bytes that stay, by component; ``first`` watched the first update of each role."""
+    backbone = distiller.backbone
+    trained = {role: backbone.parameters_of(role) for role in ("aux", "student")}
+    flat = [p for parameters in trained.values() for p in parameters]
+    own = {id(p) for p in flat}
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    gradients = sum(stored_bytes(p.grad) for p in flat if p.grad is not None)
+    return {
+        "weights": float(_distinct([x for x in tensors if id(x) not in own])),
+        "trained weights": float(_distinct(flat)),
+        "gradients": float(gradients),
+        "optimizer": sum(
+            p.numel() * moment_bytes(distiller.optimizers[role].kind)
+            for role, parameters in trained.items()
+            for p in parameters
+        ),
+        "average": float(_distinct(distiller.ema)),
+        "tables": float(first.live - gradients),
+    }
+
+
+def _distinct(tensors: list[Tensor]) -> int:
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def _leaf(cond: Any) -> Tensor:
+    return torch.utils._pytree.tree_leaves(cond)[0]

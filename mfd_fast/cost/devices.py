@@ -1,0 +1,188 @@
+"""What a device can do: data sheets, and the same measured on the machine at hand.
+
+A data sheet is a ceiling.  What share of it a run reaches is an :class:`Efficiency`, which says
+where it comes from.
+"""
+
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+GB = 1e9
+DATA_SHEET = "vendor data sheet, dense, without sparsity"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one device.
+
+    bf16_tflops: products of 16-bit factors with fp32 sums; fp32_tflops: of float32 (no TF32).
+    bandwidth: bytes a second of memory; memory: bytes; watts: power limit.
+    link: bytes a second to a neighbouring GPU of the same machine, one way; 0: unknown.
+    source: where the numbers come from.
+    """
+
+    name: str
+    bf16_tflops: float
+    fp32_tflops: float
+    bandwidth: float
+    memory: float
+    watts: float
+    link: float
+    source: str = DATA_SHEET
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Operations a second of products in ``dtype``."""
+        is_16_bit = dtype in (torch.bfloat16, torch.float16)
+        return 1e12 * (self.bf16_tflops if is_16_bit else self.fp32_tflops)
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The share of a device's rates that the operators of a run reach.
+
+    shares: family -> share of the rate of products; bandwidth: share of the memory's.
+    host_seconds: what launching one operator costs; a phase is never faster than its launches.
+    """
+
+    shares: dict[str, float]
+    bandwidth: float
+    host_seconds: float
+    source: str
+
+
+# Shares and launch costs for a GPU.  Nothing was measured on one: large products usually reach
+# 60 % of a data sheet, small and fused ones half of that, and a copy at least 75 % of the memory's
+# rate.
+ASSUMED_SHARES = {"product": 0.6, "convolution": 0.3, "attention": 0.3, "adapter": 0.3}
+ASSUMED_BANDWIDTH = 0.75
+EAGER_LAUNCH_S = 8e-6
+REPLAYED_LAUNCH_S = 1.5e-6
+
+
+def assumed(*, is_captured: bool) -> Efficiency:
+    """What is assumed of a GPU; ``is_captured``: launches are replayed, not made from Python."""
+    launch = REPLAYED_LAUNCH_S if is_captured else EAGER_LAUNCH_S
+    return Efficiency(ASSUMED_SHARES, ASSUMED_BANDWIDTH, launch, "assumed, not measured on a GPU")
+
+
+# fmt: off
+DEVICES = {
+    #                 bf16   fp32  bandwidth      memory   watts  link
+    "b200":     (2250.0,  75.0, 8000 * GB, 180 * GB, 1000.0, 900 * GB),
+    "h200":      (989.4,  66.9, 4800 * GB, 141 * GB,  700.0, 450 * GB),
+    "h100":      (989.4,  66.9, 3350 * GB,  80 * GB,  700.0, 450 * GB),
+    "a100":      (312.0,  19.5, 2039 * GB,  80 * GB,  400.0, 300 * GB),
+    "a100-40gb": (312.0,  19.5, 1555 * GB,  40 * GB,  400.0, 300 * GB),
+    "l40s":      (362.1,  91.6,  864 * GB,  48 * GB,  350.0,  32 * GB),
+    "l4":        (121.0,  30.3,  300 * GB,  24 * GB,   72.0,  32 * GB),
+    "a6000":     (154.8,  38.7,  768 * GB,  48 * GB,  300.0,  32 * GB),
+    "rtx-pro-6000": (503.8, 126.0, 1792 * GB, 96 * GB, 600.0, 64 * GB),
+    "rtx5090":   (209.5, 104.8, 1792 * GB,  32 * GB,  575.0,  64 * GB),
+    "rtx4090":   (165.2,  82.6, 1008 * GB,  24 * GB,  450.0,  32 * GB),
+    "rtx3090":    (71.0,  35.6,  936 * GB,  24 * GB,  350.0,  32 * GB),
+}
+# fmt: on
+THIS_MACHINE = "this-machine"
+
+
+def device_named(name: str, **given: float) -> Device:
+    """A known device, or one made of ``bf16_tflops``, ``bandwidth`` and ``memory``.
+
+    Numbers that are given (not 0) take the place of the data sheet's.  ``ValueError`` lists the
+    known devices and says which numbers describe another one.
+    """
+    given = {key: value for key, value in given.items() if value}
+    if any(value < 0 for value in given.values()):
+        raise ValueError(f"the rates of a device must be > 0, got {given}")
+    if name in DEVICES:
+        device = Device(name, *DEVICES[name])
+        return replace(device, **given, source=_source(given)) if given else device
+    if {"bf16_tflops", "bandwidth", "memory"} <= given.keys():
+        fp32 = given["bf16_tflops"] / 8
+        return Device(name, fp32_tflops=fp32, watts=0.0, link=0.0, source=_source(given), **given)
+    close = difflib.get_close_matches(name.lower(), [*DEVICES, THIS_MACHINE], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"unknown GPU {name!r}; there is {[*DEVICES, THIS_MACHINE]}{hint} Describe another one by "
+        "--peak-tflops (16-bit), --bandwidth (GB/s) and --memory (GB)"
+    )
+
+
+def _source(given: dict[str, float]) -> str:
+    return f"given by you: {', '.join(sorted(given))}; the rest {DATA_SHEET}"
+
+
+# Sizes and seconds of the measurement of a machine.
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+MEASURE_SECONDS = 0.3
+LAUNCHES = 1000
+
+
+def this_machine() -> Device:
+    """The rates of the device at hand by a large product and a large copy: about a second."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    fp32, bf16 = (matmul_flops(kind, dtype) / 1e12 for dtype in (torch.float32, torch.bfloat16))
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory = properties.name, float(properties.total_memory)
+    else:
+        from mfd_fast.environment import cpu_name
+
+        name, memory = f"{cpu_name()}, {torch.get_num_threads()} threads", _host_memory()
+    side, copied = MATMUL_SIDE[kind], COPY_BYTES[kind] >> 20
+    source = f"measured here: a product of {side}^3 and a copy of {copied} MiB"
+    return Device(name, bf16, fp32, copy_bandwidth(kind), memory, 0.0, 0.0, source)
+
+
+def calibrate(device: Device) -> Efficiency:
+    """The measured rates of ``device`` themselves, and the cost of launching a small operator."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(8, device=kind)
+    launch = seconds_of(lambda: [x.add_(1.0) for _ in range(LAUNCHES)], kind) / LAUNCHES
+    shares = dict.fromkeys(ASSUMED_SHARES, 1.0)
+    source = f"all of what {device.name} reaches in large operators; launches measured here"
+    return Efficiency(shares, 1.0, launch, source)
+
+
+def matmul_flops(device: str, dtype: torch.dtype, side: int = 0) -> float:
+    """Operations a second of one square product."""
+    side = side or MATMUL_SIDE[torch.device(device).type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
+    return 2 * side**3 / seconds_of(lambda: a @ b, device)
+
+
+def copy_bandwidth(device: str, num_bytes: int = 0) -> float:
+    """Bytes a second of a copy, reads and writes counted."""
+    num_bytes = num_bytes or COPY_BYTES[torch.device(device).type]
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * num_bytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest call: what the device can do, beside whatever else runs on it."""
+    is_cuda = torch.device(device).type == "cuda"
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    samples, deadline = [], time.perf_counter() + MEASURE_SECONDS
+    while len(samples) < 3 or time.perf_counter() < deadline:
+        samples.append(once())
+    return min(samples)
+
+
+def _host_memory() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

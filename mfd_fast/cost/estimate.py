@@ -1,0 +1,206 @@
+"""Time, memory, energy and communication of a run on a device, from what a cycle does.
+
+    seconds of an operator = max(operations / rate, bytes / bandwidth), each rate times its share
+    seconds of a phase     = max(sum over its operators, operators x launch)
+
+Not counted: text encoding, decoding of images, evaluation, reading data.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mfd_fast.activation import POLICIES
+from mfd_fast.config import RunConfig
+from mfd_fast.cost.cycle import INTEGRATE, CycleCost, MetaModel, moment_bytes, trace_cycle
+from mfd_fast.cost.devices import Device, Efficiency
+from mfd_fast.cost.trace import Work
+
+MakeModel = Callable[[RunConfig], MetaModel]
+
+CONTEXT_BYTES = 0.6e9  # CUDA context and libraries; assumed, not measured on a GPU
+GPUS_PER_MACHINE = 8
+NETWORK_BYTES_S = 50e9  # 400 Gbit/s a GPU between machines; assumed
+MESSAGE_SECONDS = 20e-6  # of one step of an all-reduce; assumed
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A choice between speed and memory, with what it costs."""
+
+    activation: str
+    optimizer: str
+    batch: int
+    seconds: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run of ``config`` on ``gpus`` devices, ``cycle.batch`` samples an update on each.
+
+    seconds: of one cycle by phase; memory: bytes by component on one device.
+    largest_batch: the most samples an update that fit; 0 if one does not.
+    cheapest: the fastest of the profiles that fit at this batch, or None; smallest: the one that
+    needs least.
+    """
+
+    config: RunConfig
+    device: Device
+    efficiency: Efficiency
+    gpus: int
+    cycle: CycleCost
+    seconds: dict[str, float]
+    memory: dict[str, float]
+    largest_batch: int
+    cheapest: Profile | None
+    smallest: Profile
+
+    @property
+    def cycle_seconds(self) -> float:
+        """One cycle without communication."""
+        return sum(self.seconds.values())
+
+    @property
+    def cycles(self) -> float:
+        """Cycles of the whole run."""
+        return self.config.train.updates / self.config.distill.student_updates
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run, communication included."""
+        return self.cycles * (self.cycle_seconds + self.communication(self.gpus)) / 3600
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """At the power limit all the time: an upper bound."""
+        return self.hours * self.gpus * self.device.watts / 1000
+
+    def communication(self, gpus: int) -> float:
+        """Seconds of a cycle that sum gradients over ``gpus`` devices, nothing hidden behind work.
+
+        A ring moves 2 (n - 1) / n of the bytes through every link, in 2 log2(n) messages.
+        """
+        if gpus == 1:
+            return 0.0
+        inside = self.device.link or NETWORK_BYTES_S
+        link = inside if gpus <= GPUS_PER_MACHINE else min(inside, NETWORK_BYTES_S)
+        distill = self.config.distill
+        updates = {"aux": distill.aux_updates, "student": distill.student_updates}
+        messages = 2 * math.ceil(math.log2(gpus))
+        return sum(
+            updates[role] * (2 * (gpus - 1) / gpus * size / link + messages * MESSAGE_SECONDS)
+            for role, size in self.cycle.gradients.items()
+        )
+
+
+def estimate(
+    make_model: MakeModel,
+    config: RunConfig,
+    device: Device,
+    efficiency: Efficiency,
+    *,
+    gpus: int = 1,
+) -> Estimate:
+    """Predict the run of ``config``; ``make_model`` makes its shapes (``tasks.meta.meta_model``).
+
+    ``ValueError`` if ``gpus`` is below 1 or the batch does not divide into the micro-batches.
+    """
+    if gpus < 1:
+        raise ValueError(f"the number of GPUs must be >= 1, got {gpus}")
+    batch = config.train.batch_size
+    cycles = {
+        policy: _trace(make_model, _with(config, activation=policy), batch) for policy in POLICIES
+    }
+    cycle = cycles[config.train.activation]
+    # Twice the micro-batches is half the rows at a time, so the double batch must double the rows.
+    double = _trace(make_model, config, 2 * batch)
+    has_context = device.watts > 0
+    here, twice = (memory_of(c, config, has_context=has_context) for c in (cycle, double))
+    profiles = sorted(
+        _profiles(cycles, config, device, efficiency, has_context), key=lambda p: p.seconds
+    )
+    return Estimate(
+        config=config,
+        device=device,
+        efficiency=efficiency,
+        gpus=gpus,
+        cycle=cycle,
+        seconds={k: phase_seconds(work, device, efficiency) for k, work in cycle.phases.items()},
+        memory=here,
+        largest_batch=_largest_batch(device.memory, here, twice, batch),
+        cheapest=next((p for p in profiles if p.bytes <= device.memory), None),
+        smallest=min(profiles, key=lambda p: p.bytes),
+    )
+
+
+def phase_seconds(work: Work, device: Device, efficiency: Efficiency) -> float:
+    """Seconds of a phase's work."""
+    total = 0.0
+    for op, count in work.calls.items():
+        share = efficiency.shares.get(op.family, efficiency.bandwidth)
+        compute = op.flops / (device.flops(op.dtype) * share)
+        total += count * max(compute, op.bytes / (device.bandwidth * efficiency.bandwidth))
+    return max(total, work.num_ops * efficiency.host_seconds)
+
+
+def memory_of(cycle: CycleCost, config: RunConfig, *, has_context: bool) -> dict[str, float]:
+    """Bytes by component at the highest point of a cycle.
+
+    With ``train.capture`` each of the three pools of graphs keeps what it needed at its highest.
+    """
+    memory, peak = dict(cycle.persistent), cycle.memory.peak
+    aux = max(value for phase, value in peak.items() if phase.startswith("aux/"))
+    student = {phase: value for phase, value in peak.items() if phase.startswith("student/")}
+    ode = student.pop(INTEGRATE) - cycle.memory.at_entry[INTEGRATE]
+    if config.train.capture:
+        memory["graph pool, auxiliary"] = float(aux)
+        memory["graph pool, student"] = float(max(student.values()))
+        memory["graph pool, integration"] = float(ode)
+    else:
+        memory["activations"] = float(max(aux, *student.values(), peak[INTEGRATE]))
+    if has_context:
+        memory["CUDA context"] = CONTEXT_BYTES
+    return memory
+
+
+def _trace(make_model: MakeModel, config: RunConfig, batch: int) -> CycleCost:
+    return trace_cycle(make_model(config), config.distill, batch)
+
+
+def _with(config: RunConfig, **train: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **train))
+
+
+def _profiles(
+    cycles: dict[str, CycleCost],
+    config: RunConfig,
+    device: Device,
+    efficiency: Efficiency,
+    has_context: bool,
+) -> list[Profile]:
+    """Every activation policy with every kind of optimizer state."""
+    profiles = []
+    for policy, cycle in cycles.items():
+        seconds = sum(phase_seconds(work, device, efficiency) for work in cycle.phases.values())
+        memory = memory_of(cycle, config, has_context=has_context)
+        numbers = _trained_numbers(cycle)
+        for kind in OPTIMIZERS:
+            total = sum(memory.values()) - memory["optimizer"] + numbers * moment_bytes(kind)
+            profiles.append(Profile(policy, kind, cycle.batch, seconds, total))
+    return profiles
+
+
+def _trained_numbers(cycle: CycleCost) -> float:
+    """Trained parameters of both roles; masters and gradients are float32."""
+    return sum(cycle.gradients.values()) / 4
+
+
+def _largest_batch(
+    limit: float, here: dict[str, float], twice: dict[str, float], batch: int
+) -> int:
+    """From the memory at two batches: it grows linearly."""
+    slope = (sum(twice.values()) - sum(here.values())) / batch
+    fixed = sum(here.values()) - slope * batch
+    return max(0, int((limit - fixed) / slope))
