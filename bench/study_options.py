@@ -16,9 +16,9 @@ from torch import Generator
 
 from mfd_fast.backbone import trajectory_lanes
 from mfd_fast.config import to_dict
-from mfd_fast.presets import preset
 from mfd_fast.environment import environment
 from mfd_fast.objectives import make_objective
+from mfd_fast.presets import preset
 from mfd_fast.runner import run_distillation
 
 VARIANTS = {

@@ -20,9 +20,7 @@ from mfd_fast.objective_settings import (
 
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
-ObjectiveName = Literal[
-    "mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"
-]
+ObjectiveName = Literal["mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"]
 
 
 def _require(ok: bool, key: str, expected: str, got: Any) -> None:

@@ -136,11 +136,23 @@ class _Loop:
     def update(self, next_cond: Callable[[int], Any]) -> str:
         """One update on this rank's rows; the role that was updated."""
         number, role = self.total, self.distiller.next_role
-        cond = self.distiller.ranks.rows(next_cond(number))
+        cond = self.distiller.ranks.rows(self._cond(next_cond, number))
         metrics = self.distiller.step(cond)
         self.progress.metrics |= metrics
         self.progress.monitors.observe(number, role, metrics)
         return role
+
+    def _cond(self, next_cond: Callable[[int], Any], number: int) -> Any:
+        """The condition; if its file has vanished, what was learnt is saved first.
+
+        Of several ranks one may fail alone: the others would wait for it, so none saves.
+        """
+        try:
+            return next_cond(number)
+        except OSError:
+            if self.distiller.ranks.world == 1:
+                self.checkpoint(wait=True)
+            raise
 
     def is_row_due(self) -> bool:
         return self.done % self.config.log_every == 0 or self.done >= self.config.updates

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import small_runs
 import torch
 from small_runs import (
     assert_same,
@@ -312,6 +313,20 @@ def test_the_lock_of_a_killed_run_is_no_obstacle(tmp_path):
     assert subprocess.run(command, env=CHILD_ENV, check=False).returncode == -signal.SIGKILL
     assert "process" in (tmp_path / "run" / ".lock").read_text()
     RunFolder.resume(tmp_path / "run").release()
+
+
+def test_a_vanished_data_file_loses_nothing(tmp_path, uninterrupted, monkeypatch):
+    def vanished(n, cond=small_runs.next_cond):
+        if n == 5:
+            raise FileNotFoundError("prompts.txt is gone")
+        return cond(n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small_runs, "next_cond", vanished)
+        with pytest.raises(FileNotFoundError, match=r"prompts\.txt is gone"):
+            run(tmp_path, updates=UPDATES)
+    distiller, _ = run(tmp_path, updates=UPDATES, resumed=True)
+    assert_same(distiller.state_dict(), uninterrupted[0])
 
 
 def test_a_full_disk_keeps_the_rows_for_later(tmp_path):

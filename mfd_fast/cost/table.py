@@ -16,9 +16,11 @@ def text(run: Estimate) -> str:
 def _device(run: Estimate) -> str:
     device, used = run.device, run.efficiency
     shares = ", ".join(f"{name} {share:.0%}" for name, share in used.shares.items())
+    batch, together = run.cycle.batch, f" (train.batch_size {run.cycle.batch * run.gpus})"
     return "\n".join(
         [
-            f"{run.config.preset} on {run.gpus} x {device.name}, batch {run.cycle.batch} on each",
+            f"{run.config.preset} on {run.gpus} x {device.name}, batch {batch} on each"
+            f"{together if run.gpus > 1 else ''}",
             f"rates       {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
             f"float32, {device.bandwidth / 1e9:.4g} GB/s ({device.source})",
             f"efficiency  {shares}, bandwidth {used.bandwidth:.0%}, at least "
