@@ -5,8 +5,8 @@
 
 x_r = (1 - r) x_0 + r eps is the DDIM interpolant of x_t and x_0; r lies a constant step of
 eta = t / (1 - t) below t, but not below s.  M particles share (s, t) and are the two sets.  Laplace
-kernel exp(-|a - b| / (D |t - s|)); w as in ``time_weight``, a = 1 and b = 5 in that paper's letters.
-Particles of a set keep their own conditions.
+kernel exp(-|a - b| / (D |t - s|)); w is ``time_weight``, with a = 1 and b = 5 in that paper's
+letters.  Particles of a set keep their own conditions.
 """
 
 import torch

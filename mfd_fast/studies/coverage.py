@@ -131,8 +131,6 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         strict=True,
     ):
         bars(axis, names, [row[key] for row in rows], [row[f"{key}_std"] for row in rows], title)
-        if key != "recall":
-            axis.set_xscale("log")
     figure.save(path)
 
 
