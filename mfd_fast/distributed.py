@@ -214,9 +214,14 @@ def shard_copies(backbone: Backbone) -> None:
 
 
 def placed_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as this rank's part of it, if the target is sharded."""
+    """A whole tensor as this rank's part of it if the target is sharded, in the target's layout.
+
+    Files keep no strides, and a fused optimizer walks a weight and its moments in memory order: of
+    a channels-last weight they must be channels-last too.
+    """
     if not is_sharded(target):
-        return value
+        is_like = value.shape == target.shape and value.stride() != target.stride()
+        return torch.empty_like(target, dtype=value.dtype).copy_(value) if is_like else value
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(

@@ -33,11 +33,15 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit, "-dirty" if the tree differs from it; MFD_COMMIT where there is no repository."""
+    """The commit, "-dirty" if the code differs from it; MFD_COMMIT where there is no repository.
+
+    Results and pages made from them are not code: one run may write several.
+    """
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     if head is None:
         return os.environ.get("MFD_COMMIT", "unknown")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    code = ("--", ".", ":!bench/results", ":!docs", ":!*.md")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", *code)
     return head + ("-dirty" if changed else "")
 
 

@@ -6,6 +6,7 @@ them would be.
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -67,3 +68,17 @@ def test_links_and_command_names_exist(path):
         assert (path.parent / target).exists(), target
     typed = set(re.findall(r"^(?:[A-Z_]+=\S+ )*mfd-fast ([a-z-]+)", text, re.MULTILINE))
     assert typed <= set(COMMANDS)
+
+
+def test_the_occfm_table_is_the_committed_result():
+    pytest.importorskip("matplotlib")
+    from mfd_fast.tasks.occfm_eval import format_table
+
+    result = json.loads((ROOT / "bench/results/occfm_demo_cpu.json").read_text())
+    assert format_table(result["table"]) in (ROOT / "docs/occfm.md").read_text()
+    rows = {row["name"]: row for row in result["table"]}
+    ten, one, student = (
+        rows[name] for name in ("teacher, 10 steps", "teacher, 1 step", "student, 1 step")
+    )
+    for score in ("iou_mean_of_frames", "miou_mean_of_frames"):
+        assert student[score] > one[score] and student[score] > 0.9 * ten[score]

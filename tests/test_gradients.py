@@ -80,7 +80,7 @@ def test_draws_per_sample_average_the_gradients_of_single_draws():
     cond, t = torch.randn(batch, 1), torch.rand(batch * draws)
     z, eps = torch.randn(batch, DIM), torch.randn(batch * draws, DIM)
     numbers = [eps, z]
-    distiller._noise = lambda _: numbers.pop()
+    distiller._noise = lambda *_: numbers.pop()
     distiller._aux_backward(cond, t)
     ours = [p.grad.clone() for p in distiller.backbone.parameters_of("aux")]
 
@@ -112,7 +112,7 @@ def test_micro_batches_average_the_gradients_of_the_parts():
         distiller.backbone.to(dtype).dtype = dtype
         for c, time, noise, mixed in zip(*(x.chunk(parts) for x in (cond, t, z, eps)), strict=True):
             numbers = [mixed.to(dtype), noise.to(dtype)]
-            distiller._noise = lambda _, numbers=numbers: numbers.pop()
+            distiller._noise = lambda *_, numbers=numbers: numbers.pop()
             distiller._aux_backward(c.to(dtype), time)
         return [p.grad for p in distiller.backbone.parameters_of("aux")]
 

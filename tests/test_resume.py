@@ -25,6 +25,7 @@ from small_runs import (
 )
 
 from mfd_fast import cli, runner
+from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.captured import CapturedDistiller
 from mfd_fast.checkpoint import checkpoints_in, read
 from mfd_fast.config import to_dict
@@ -71,6 +72,32 @@ def test_a_captured_run_continues_bit_for_bit(tmp_path, uninterrupted):
     run(tmp_path, updates=UPDATES, stop=StopAfter(9), make=make)
     second, _ = run(tmp_path, updates=UPDATES, resumed=True, make=make)
     assert_same(second.state_dict(), uninterrupted[0])
+
+
+class ChannelsLast(torch.nn.Module):
+    """A convolution whose weight lies in memory as its products want it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=torch.channels_last)
+
+    def forward(self, x, t, cond):
+        return torch.tanh(self.conv(x)) + t[:, None, None, None] * cond[..., None, None]
+
+
+def test_moments_of_channels_last_weights_are_restored_in_their_layout(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        backbone = CopiedBackbone(
+            ChannelsLast(), sample_shape=(3, 4, 4), null_cond=torch.zeros_like
+        )
+        return {"backbone": backbone}
+
+    whole, _ = run(tmp_path / "whole", updates=UPDATES, **make())
+    run(tmp_path / "cut", updates=UPDATES, stop=StopAfter(7), **make())
+    resumed, _ = run(tmp_path / "cut", updates=UPDATES, resumed=True, **make())
+    assert not whole.parameters_of("student")[0].is_contiguous()
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 CHILD = """

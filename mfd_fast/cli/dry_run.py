@@ -33,7 +33,7 @@ def dry_run(config: RunConfig, out: Path) -> None:
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}
     show(rows, f"{config.preset}, dry run")
     device = devices.this_machine()
-    print(text(estimate(meta_model, config, device, efficiency_here(device))))
+    print(text(estimate(meta_model, config, device, efficiency_here(device, config.preset))))
     print("\nNothing was written. The same command without --dry-run starts the run.")
 
 
