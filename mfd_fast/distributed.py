@@ -274,8 +274,14 @@ def launched_ranks(device: str, *, is_sharded: bool = False) -> Iterator[Ranks]:
         dist.init_process_group("nccl", device_id=torch.device("cuda", index), **joining)
     else:
         dist.init_process_group("gloo", **joining)
+    ranks = Ranks(rank, world, None, is_sharded)
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-        yield Ranks(rank, world, control, is_sharded)
+        object.__setattr__(ranks, "control", control)
+        yield ranks
+        dist.barrier(control)  # who leaves first would close the connections of the others
     finally:
+        # The group's threads must end now: at the interpreter's exit they would abort the process.
+        control = None
+        object.__setattr__(ranks, "control", None)
         dist.destroy_process_group()
