@@ -67,3 +67,14 @@ def _triton_version() -> str | None:
         return version("triton")
     except PackageNotFoundError:
         return None
+
+
+def peak_memory(device: Any) -> int:
+    """Most bytes so far: the allocator's on a GPU, the process's resident ones on the CPU."""
+    import resource
+
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,8 @@ from mfd_fast.comparison import make_distiller as distiller_of
 from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
 from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
-from mfd_fast.environment import environment
+from mfd_fast.environment import environment, peak_memory
+from mfd_fast.profiling.timer import BetweenRows
 from mfd_fast.report.plan import device_of, plan_of, show, trained_of
 from mfd_fast.report.trackers import check_tracker, make_tracker
 from mfd_fast.resume import check_config, check_header, header, locate, restore
@@ -153,7 +154,8 @@ class _Session:
                 picture = self.run / f"preview-{row['update']:06d}.png"
                 self.task.preview(self.distiller, picture)
 
-        return [log, *tracker, lambda row: _show(bar, row), preview]
+        self.phases = BetweenRows(self.distiller)
+        return [log, *tracker, lambda row: _show(bar, row), self.phases, preview]
 
     def evaluate(self) -> None:
         """Student, result table and pictures, from rank 0 alone."""
@@ -172,6 +174,8 @@ class _Session:
                 "seconds": self.progress.seconds,
                 "updates": distiller.num_updates,
                 "skipped_updates": int(distiller.skipped),
+                "peak_memory_gb": peak_memory(distiller.backbone.device) / 1e9,
+                "phases": self.phases.phases,
                 "table": rows,
             },
         )

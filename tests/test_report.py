@@ -30,7 +30,9 @@ def make_run(path, *, seed, is_finished=True):
         table = [{"name": "student, <1> step", "nfe": 1, "frechet": 1.23456, "recall": None}]
         run.write_json(RESULTS, {
             "environment": {"device": "a CPU & more"}, "seconds": 12.3, "skipped_updates": 0,
-            "updates": {"aux": 100, "student": 20}, "table": table,
+            "updates": {"aux": 100, "student": 20}, "table": table, "peak_memory_gb": 1.5,
+            "phases": {"aux/forward": {"seconds": 0.003, "count": 100},
+                       "student/integrate": {"seconds": 0.05, "count": 20}},
         })  # fmt: skip
         Image.new("RGB", (40, 20), (200, 30, 30)).save(run / "samples_grid.png")
         for update in range(10):
@@ -69,6 +71,12 @@ def test_every_metric_has_a_curve_and_every_run_its_rows(page):
     # The grid and six of ten previews, of both finished runs.
     assert text.count("data:image/png;base64") == 14
     assert "preview-000000.png" in text and "preview-000009.png" in text
+
+
+def test_phases_and_memory_are_shown(page):
+    text = page.read_text()
+    assert text.count("peak memory: 1.5 GB") == 2
+    assert re.search(r"student/integrate</td><td class=\"n\">50</td><td class=\"n\">76.92", text)
 
 
 def test_settings_that_differ_come_first_and_are_marked(page):

@@ -62,3 +62,28 @@ class PhaseTimer:
 
     def _between(self, begin: Any, end: Any) -> float:
         return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
+
+
+class BetweenRows:
+    """Phases between the first and the second logged row of a run: a sample in steady state.
+
+    A callback of ``trainer.train``; ``phases`` is empty until the second row.
+    """
+
+    def __init__(self, distiller: Any):
+        self.distiller = distiller
+        self.silent = distiller.phase
+        self.timer = PhaseTimer(distiller.backbone.device)
+        self.phases: dict[str, dict[str, float]] = {}
+        self._rows = 0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._rows += 1
+        if self._rows == 1:
+            self.distiller.phase = self.timer.phase
+        elif self._rows == 2:
+            self.distiller.phase = self.silent
+            self.phases = {
+                name: {"seconds": sum(seconds) / len(seconds), "count": len(seconds)}
+                for name, seconds in self.timer.seconds().items()
+            }

@@ -117,6 +117,8 @@ def _results(run: RunFolder) -> str:
         "updates": ", ".join(f"{n} {role}" for role, n in results["updates"].items()),
         "skipped": results["skipped_updates"],
     }
+    if "peak_memory_gb" in results:
+        facts["peak memory"] = f"{results['peak_memory_gb']:.3g} GB"
     columns = list(results["table"][0]) if results["table"] else []
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
@@ -125,8 +127,25 @@ def _results(run: RunFolder) -> str:
     summary = "; ".join(f"{name}: {value}" for name, value in facts.items())
     return (
         f"<h3>{escape(run.path.name)}</h3><p class='note'>{escape(summary)}</p>"
-        f"<table><tr>{head}</tr>{body}</table>"
+        f"<table><tr>{head}</tr>{body}</table>{_phases(results.get('phases', {}))}"
     )
+
+
+def _phases(phases: Mapping[str, Mapping[str, float]]) -> str:
+    """Seconds of every phase between two logged rows, with its share as a bar."""
+    totals = {
+        name: phase["seconds"] * phase["count"] for name, phase in phases.items() if ">" not in name
+    }
+    whole = sum(totals.values())
+    if not whole:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>{_cell(1e3 * phases[name]['seconds'])}"
+        f"{_cell(100 * total / whole)}<td><span class='key' style='background:{COLOURS[0]};"
+        f"width:{12 * total / whole:.2f}em'></span></td></tr>"
+        for name, total in totals.items()
+    )
+    return f"<table><tr><th>phase</th><th>ms each</th><th>share, %</th><th></th></tr>{rows}</table>"
 
 
 def _cell(value: Any) -> str:
