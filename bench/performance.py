@@ -115,6 +115,65 @@ def draw(path: Path) -> None:
     write_png(figure, picture_of(path))
 
 
+def literal_section() -> str:
+    """SANA against the literal loop."""
+    result = json.loads((RESULTS / "sana_literal_cpu.json").read_text())
+    columns = ("update", "impl", "seconds", "seconds_p10", "seconds_p90", "ratio")
+    rows = [
+        [f"{row[c]:.2f}" if c[0] in "sr" else row[c] for c in columns] for row in result["rows"]
+    ]
+    return (
+        "## SANA against diffusers + PEFT\n\nThe literal loop (`bench/baseline_eager.py`, official "
+        "settings) and ours with the same weights, prompts and interval.\n\n"
+        f"{markdown(['update', 'loop', 's', 'p10', 'p90', 'ratio'], rows)}\n\n"
+        "`python -m bench.bench_sana --out bench/results/sana_literal_cpu.json` on "
+        f"{facts(result)}."
+    )
+
+
+def occfm_section() -> str:
+    """OccFM's fast paths against its reference."""
+    parts = ["## OccFM, fast path against reference"]
+    for name, module in (("network", "bench_occfm"), ("decoder", "bench_occfm_decoder")):
+        path = RESULTS / f"occfm_{name}_cpu.json"
+        result = json.loads(path.read_text())
+        rows = [
+            [
+                row.get("shape", f"{row.get('frames')} frame(s)"),
+                f"{row['dtype']} {row['impl']}",
+                f"{row['ms']:.0f} ({row['ms_p10']:.0f}-{row['ms_p90']:.0f})",
+                f"{row.get('speedup', 1.0):.2f}x",
+                str(row["operators"]),
+                f"{row.get('gb_moved', row.get('bytes_moved', 0) / 1e9):.2f}",
+            ]
+            for row in result["rows"]
+        ]
+        parts += [
+            markdown([name, "", "ms (p10-p90)", "ratio", "operators", "GB moved"], rows),
+            f"`python -m bench.{module} --out bench/results/{path.name}` on {facts(result)}.",
+        ]
+    return "\n\n".join(parts)
+
+
+def roofline_section() -> str:
+    """The device's own ceilings, and every operator under them."""
+    parts = ["## Ceilings"]
+    for path in sorted(RESULTS.glob("roofline_*.json")):
+        result = json.loads(path.read_text())
+        roofs = ", ".join(
+            f"{row['kind']} {row['dtype']} {row['gb_s']} GB/s"
+            if "gb_s" in row
+            else f"{row['kind']} {row['dtype']} {row['tflop_s']} TFLOP/s"
+            for row in result["rows"]
+        )
+        picture = path.name.replace(".json", ".png")
+        command = (
+            f"python -m bench.roofline --out bench/results/{path.name} --picture docs/{picture}"
+        )
+        parts += [f"{roofs}.", f"![roofline]({picture})", f"`{command}` on {facts(result)}."]
+    return "\n\n".join(parts)
+
+
 def memory_section() -> str:
     """Predicted against measured bytes."""
     result = read("predicted_memory_cpu.json")
@@ -172,7 +231,14 @@ def table4_section() -> str:
     return f"## Table 4 of the paper\n\n{markdown(head, rows)}\n\n{text}\n\n{caption}"
 
 
-SECTIONS: list[Callable[[], str]] = [waterfall_section, memory_section, table4_section]
+SECTIONS: list[Callable[[], str]] = [
+    literal_section,
+    waterfall_section,
+    occfm_section,
+    roofline_section,
+    memory_section,
+    table4_section,
+]
 
 
 def render() -> str:
