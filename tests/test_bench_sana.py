@@ -1,5 +1,6 @@
 """The side-by-side benchmark of SANA runs, and both sides of it start from the same function."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from bench import baseline_eager, bench_sana
 from bench.sana_sizes import EMPTY_TOKENS, MAX_TOKENS, SIZES, Published
 from mfd_fast.backbone import trajectory_lanes
 from mfd_fast.models.sana.text import trim_text
+from mfd_fast.presets import preset
 
 TINY = SIZES["tiny"]
 
@@ -29,6 +31,18 @@ def test_both_sides_are_one_network():
     assert all(kv.shape[:2] == (3, TINY.prompt_tokens) for kv in rows["keys_values"])
     real = (rows["bias"] == 0).flatten(1).sum(1)
     assert real.tolist() == [TINY.prompt_tokens, EMPTY_TOKENS, TINY.prompt_tokens]
+
+
+def test_the_official_preset_is_the_literal_loops_settings():
+    ours = preset("sana-1.6b-official")
+    literal = bench_sana.official_config(baseline_eager.OfficialSettings())
+    differing = {
+        field.name
+        for field in dataclasses.fields(literal)
+        if getattr(literal, field.name) != getattr(ours.distill, field.name)
+    }
+    assert differing == {"aux_updates", "student_updates"}  # the cycle, not one update
+    assert (ours.sana.rank, ours.sana.alpha) == (64, 64.0)
 
 
 def test_result_file(tmp_path, monkeypatch):

@@ -281,7 +281,7 @@ def test_reading_takes_the_memory_of_a_batch_not_of_the_store(tmp_path):
         "assert batch.latents.shape == (2, 12, 50, 50, 75)\n"
     )
     if not hasattr(resource, "RLIMIT_DATA") or not sys.platform.startswith("linux"):
-        pytest.skip("needs Linux limits of private memory")
+        pytest.skip("RLIMIT_DATA bounds private memory on Linux only")
     assert sum(path.stat().st_size for path in folder.glob("*.npy")) > 900 * 2**20
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
 

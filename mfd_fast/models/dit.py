@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfd_fast.models.weight_file import load_into, load_weights, save_weights
+from mfd_fast.models.weight_file import load_network, save_weights
 
 # Times run over [0, 1]; the usual frequencies of a sinusoidal embedding expect 0 to 1000.
 TIME_SCALE = 1000.0
@@ -261,13 +261,4 @@ def load_dit(path: str | Path) -> DiT:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, is something else, or does not fit its own config.
     """
-    tensors, config, _ = load_weights(path, kind="dit")
-    try:
-        model = DiT(DiTConfig(**config))
-    except TypeError as error:
-        raise ValueError(
-            f"expected the config of a DiT in {path}, got {config}; the file may come from "
-            f"another version of mfd_fast, write it again ({error})"
-        ) from error
-    load_into(model, tensors, path)
-    return model.eval()
+    return load_network(path, "dit", DiTConfig, DiT)

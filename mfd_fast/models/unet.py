@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfd_fast.models.dit import frequency_table, time_waves
-from mfd_fast.models.weight_file import load_into, load_weights, save_weights
+from mfd_fast.models.weight_file import load_network, save_weights
 
 GROUPS = 32
 HEAD_CHANNELS = 64
@@ -262,12 +262,4 @@ def load_unet(path: str | Path) -> UNet:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, is something else, or does not fit its own config.
     """
-    tensors, config, _ = load_weights(path, kind="unet")
-    try:
-        model = UNet(UNetConfig(**config))
-    except TypeError as error:
-        raise ValueError(
-            f"expected the config of a UNet in {path}, got {config}; write the file again ({error})"
-        ) from error
-    load_into(model, tensors, path)
-    return model.eval()
+    return load_network(path, "unet", UNetConfig, UNet)

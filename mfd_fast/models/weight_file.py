@@ -77,6 +77,23 @@ def load_weights(
     return tensors, header["config"], header["metadata"]
 
 
+def load_network(path: str | Path, kind: str, config: type, network: type) -> Any:
+    """The ``network(config(...))`` of a file: float32, bit for bit, on the CPU, in eval mode.
+
+    Raises: as :func:`load_weights`, and ``ValueError`` if the file does not fit its own config.
+    """
+    tensors, entries, _ = load_weights(path, kind=kind)
+    try:
+        model = network(config(**entries))
+    except TypeError as error:
+        raise ValueError(
+            f"expected the config of a {network.__name__} in {path}, got {entries}; the file may "
+            f"come from another version of mfd_fast, write it again ({error})"
+        ) from error
+    load_into(model, tensors, path)
+    return model.eval()
+
+
 def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy ``tensors`` into ``network``; ``ValueError`` when names or shapes differ."""
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}

@@ -144,11 +144,11 @@ class ComparedObjective:
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss ``[]`` whose gradient moves the student, and metrics, all on the device."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define student_loss")
 
     def aux_loss(self, batch: Batch, t: Tensor) -> Tensor:
         """Loss ``[]`` of the auxiliary and of what the objective owns; t ``[B * draws]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names the role aux: it needs an aux_loss")
 
     @torch.no_grad()
     def after_update(self, role: str, backbone: CopiedBackbone) -> None:

@@ -121,13 +121,8 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
         axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
         axis.set_title(title, fontsize=10, color=INK, loc="left")
         axis.set_xlabel("student updates", fontsize=9, color=INK)
-        axis.grid(color=GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=8, colors=INK)
         axis.legend(fontsize=8, frameon=False)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(FAINT)
+        plain_axis(axis)
     figure.tight_layout()
     write_png(figure, path)
 
@@ -151,6 +146,16 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_axis(axis: Any) -> None:
+    """A faint grid behind the data, lines to the left and below only."""
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, colors=INK)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
 
 
 def write_png(figure: Figure, path: str | Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mfd_fast.profiling.profile import OUTSIDE, Profile
-from mfd_fast.report.pictures import FAINT, GRID, INK, new_figure, write_png
+from mfd_fast.report.pictures import FAINT, INK, new_figure, plain_axis, write_png
 
 COLOURS = {
     "product": "#2b6cb0",
@@ -45,7 +45,7 @@ def _phases(axis, result: Profile) -> None:
         f"milliseconds of one cycle on {result.device}", fontsize=10, color=INK, loc="left"
     )
     axis.legend(fontsize=8, frameon=False, loc="best")
-    _plain(axis)
+    plain_axis(axis)
 
 
 def _part(result: Profile, phase: str, family: str) -> float:
@@ -65,13 +65,4 @@ def _memory(axis, result: Profile) -> None:
     axis.set_ylim(0, 1.15 * max(sizes, default=1.0))
     axis.set_xlabel("operators", fontsize=9, color=INK)
     axis.set_title("MB alive of what the cycle made", fontsize=10, color=INK, loc="left")
-    _plain(axis)
-
-
-def _plain(axis) -> None:
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=8, colors=INK)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
+    plain_axis(axis)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfd_fast.report.pictures import FAINT, GRID, INK, new_figure, write_png
+from mfd_fast.report.pictures import INK, new_figure, plain_axis, write_png
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#c05621", "#2f855a", "#9aa5b1"
 COLOURS = (BLUE, ORANGE, GREEN, "#6b46c1", "#b83280", GREY)
@@ -20,18 +20,9 @@ class Figure:
     def save(self, path: Path) -> None:
         """Lay out and write the PNG."""
         for axis in self.axes:
-            _style(axis)
+            plain_axis(axis)
         self.figure.tight_layout(rect=(0, 0, 1, 0.98))
         write_png(self.figure, path)
-
-
-def _style(axis) -> None:
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=8, colors=INK)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
 
 
 def titled(axis, title: str, x: str = "", y: str = "") -> None:

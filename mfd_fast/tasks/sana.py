@@ -173,19 +173,18 @@ class SanaTask:
         if sources:
             captions = self.text.captions(num_samples, prompts)
             scores = SanaScores(sources, device=self.device)
-        guidance = self.config.distill.guidance
-        student, steps = self._network(read_lora(run / STUDENT)), self.config.distill.student_steps
+        guidance, steps = self.config.distill.guidance, self.config.distill.student_steps
         samplers = {
-            f"teacher, {TEACHER_STEPS} steps": (self._network(), TEACHER_STEPS, guidance),
-            f"student, {steps} steps": (student, steps, 1.0),
+            f"teacher, {TEACHER_STEPS} steps": (None, TEACHER_STEPS, guidance),
+            f"student, {steps} steps": (read_lora(run / STUDENT), steps, 1.0),
         }
         rows, reference = [], None
-        for name, (network, k, scale) in samplers.items():
+        batches = list(self._batches(num_samples))  # encoding is not part of the time
+        for name, (lora, k, scale) in samplers.items():
+            network = self._network(lora)  # one at a time on the device
             start = time.perf_counter()
-            latents = torch.cat(
-                [self._latents(network, cond, noise, k, scale) for cond, noise in
-                 self._batches(num_samples)]
-            ).cpu()  # fmt: skip
+            latents = [self._latents(network, cond, noise, k, scale) for cond, noise in batches]
+            latents = torch.cat(latents).cpu()
             seconds = time.perf_counter() - start
             reference = latents if reference is None else reference
             rows.append(
@@ -210,16 +209,13 @@ class SanaTask:
         captions, cond = self.text.grid(IMAGES)
         noise = self._noise(len(captions), SEED)
         steps, scale = self.config.distill.student_steps, self.config.distill.guidance
-        teacher = self._network()
+        network = self._network()
         latents = {
-            f"teacher, {TEACHER_STEPS} steps": self._latents(
-                teacher, cond, noise, TEACHER_STEPS, scale
-            ),
-            f"teacher, {steps} steps": self._latents(teacher, cond, noise, steps, scale),
-            f"student, {steps} steps": self._latents(
-                self._network(read_lora(run / STUDENT)), cond, noise, steps, 1.0
-            ),
+            f"teacher, {k} steps": self._latents(network, cond, noise, k, scale)
+            for k in (TEACHER_STEPS, steps)
         }
+        network = self._network(read_lora(run / STUDENT))
+        latents[f"student, {steps} steps"] = self._latents(network, cond, noise, steps, 1.0)
         paths = [run / GRID, run / "training_curves.png"]
         image_rows(self._decoded(latents), paths[0], captions=captions)
         training_curves(run.history(), paths[1])
