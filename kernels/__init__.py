@@ -11,7 +11,8 @@ class CompileCase(NamedTuple):
     """One specialisation of a kernel.
 
     ``signature`` maps every parameter to its Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``,
-    ``"constexpr"``), ``constexprs`` the compile-time ones to their values.
+    ``"constexpr"``), ``constexprs`` the compile-time ones to their values; ``min_arch`` is the
+    oldest architecture that has its types.
     """
 
     kernel: Any
@@ -19,3 +20,4 @@ class CompileCase(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    min_arch: int = 80

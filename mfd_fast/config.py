@@ -174,6 +174,10 @@ class TrainConfig:
     """``auto`` takes cuda if there is one."""
     capture: bool = False
     """Run the phases of every update as CUDA graphs; needs an NVIDIA GPU."""
+    float8: bool = False
+    """Evaluate lanes without gradient in e4m3; needs adapters and, on a GPU, compute capability
+    8.9.
+    """
     activation: Literal["none", "cheap", "block"] = "none"
     """What the student's forward recomputes in its backward: nothing, pointwise operators,
     blocks.
@@ -218,6 +222,7 @@ class RunConfig:
         "train.report_to",
         "train.device",
         "train.capture",
+        "train.float8",
         "train.activation",
         "train.checkpoint_every",
         "train.keep_last",

@@ -16,6 +16,7 @@ from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
 from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
 from mfd_fast.environment import environment, peak_memory
+from mfd_fast.float8 import described, use_float8
 from mfd_fast.profiling.timer import BetweenRows
 from mfd_fast.report.plan import device_of, plan_of, show, trained_of
 from mfd_fast.report.trackers import check_tracker, make_tracker
@@ -63,6 +64,7 @@ class _Session:
         self.task = make_task(config)
         self.next_cond = self.task.conditions()
         self.distiller = make_distiller(self.task, config, ranks)
+        self.float8 = described(self.distiller, self.next_cond(0)) if config.train.float8 else ""
         self.progress = Progress(self.distiller)
         self.header = header(config, self.distiller.backbone, ranks)
         self.resumed: Path | None = None
@@ -114,6 +116,7 @@ class _Session:
             backbone = self.distiller.backbone
             rows = {"device": device_of(backbone.device, self.ranks.world)}
             rows |= plan_of(self.config, run.path) | {"trained": trained_of(backbone)}
+            rows |= {"float8": self.float8} if self.float8 else {}
             show(rows, f"distilling {self.config.preset}")
         if self.resumed:
             self.say(f"continuing {self.resumed} after {done} of {config.updates} updates")
@@ -176,6 +179,7 @@ class _Session:
                 "skipped_updates": int(distiller.skipped),
                 "peak_memory_gb": peak_memory(distiller.backbone.device) / 1e9,
                 "phases": self.phases.phases,
+                "float8": self.float8,
                 "table": rows,
             },
         )
@@ -215,6 +219,8 @@ class _Session:
 def make_distiller(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
     """The task's distiller, captured if the config says so, spread over the ranks if they are."""
     backbone = task.backbone()
+    if config.train.float8:
+        use_float8(backbone)
     if ranks.is_sharded:
         shard_copies(backbone)
     return distiller_of(

@@ -5,6 +5,7 @@ the lanes that use them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class SharedBackbone(nn.Module):
         first = next(network.parameters())
         self.dtype = first.dtype if dtype is None else dtype
         self.device = first.device
+        self.float8: AbstractContextManager | None = None  # float8.use_float8
         self.activation = apply_activation_policy(
             network, activation, blocks, recompute_context=adapters.resumed
         )
@@ -87,7 +89,7 @@ class SharedBackbone(nn.Module):
         rows = x.flatten(0, 1).to(self.dtype)
         times = (t if t.ndim == 2 else t[:, None].expand(n, width)).flatten()
         conditions = prepared.rows(lanes, n)
-        with self.adapters.lanes(self._per_lane(lanes), rows=n * width):
+        with self.adapters.lanes(self._per_lane(lanes), rows=n * width), self._products():
             v = self.network(rows, times, conditions)
         if v.shape != rows.shape:
             raise ValueError(
@@ -110,6 +112,11 @@ class SharedBackbone(nn.Module):
         """To be called when the parameters of a role have changed; in place, capturable."""
         if self.parameters_of(role):
             self.adapters.refresh(role)
+
+    def _products(self) -> AbstractContextManager:
+        """Entered around the network: its products in e4m3 where no gradient is wanted."""
+        is_off = self.float8 is None or torch.is_grad_enabled()
+        return nullcontext() if is_off else self.float8
 
     def _per_lane(self, lanes: tuple[Lane, ...]) -> LaneAdapters:
         return tuple(self.adapters_of[lane.role] for lane in lanes)

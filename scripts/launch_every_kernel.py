@@ -52,6 +52,12 @@ def mfd_loss(make: Maker):
     return ops.mfd_loss_from_ends(make(3, 2100), *args)[0]
 
 
+def quantize_rows(make: Maker):
+    if make.device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return  # no e4m3 there
+    ops.quantize_rows(make(4, 9, 70).detach())
+
+
 def segmented_lora(make: Maker):
     y, x = make(3, 19, 2 * 24), make(3, 19, 40)
     rows = torch.tensor([1, -1, 0], dtype=torch.int32, device=make.device)
@@ -79,6 +85,7 @@ CALLS: dict[str, Callable] = {
     "linear_attention": lambda m: ops.linear_attention(*(m(2, 19, 3, 16) for _ in range(3))),
     "mfd_loss": mfd_loss,
     "ode_step": ode_step,
+    "quantize_rows": quantize_rows,
     "rms_norm_modulate_silu": lambda m: ops.rms_norm_modulate_silu(
         m(4, 9, 70), m(70), m(2, 70), m(2, 70)
     ),

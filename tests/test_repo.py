@@ -49,7 +49,7 @@ LAYERS = [
     {"activation"},
     {"shared_backbone"},
     {"objectives", "optim", "distributed"},
-    {"graphs", "distiller"},
+    {"graphs", "distiller", "float8"},
     {"captured"},
     {"comparison"},
     {"profiling", "cost"},

@@ -61,7 +61,7 @@ def main(archs: list[int], modules: list[str]) -> None:
     for module in modules or MODULES:
         cases = getattr(import_module(f"mfd_fast.kernels.{module}"), "COMPILE_CASES", ())
         for index, case in enumerate(cases):
-            for arch in archs:
+            for arch in (arch for arch in archs if arch >= case.min_arch):
                 name = f"{case.kernel.__name__}[{index}]"
                 row = {"module": module, "case": name, "arch": arch} | report(case, arch)
                 print(json.dumps(row), flush=True)

@@ -104,6 +104,7 @@ def _glu_depthwise_backward(args: tuple, out: Any) -> float:
 # name of an operator -> its family and formula
 PRODUCTS: dict[str, tuple[str, Formula]] = {
     "mm": ("product", _mm),
+    "_scaled_mm": ("product", _mm),
     "addmm": ("product", lambda args, out: _mm(args[1:], out)),
     "bmm": ("product", _bmm),
     "baddbmm": ("product", lambda args, out: _bmm(args[1:], out)),
@@ -140,7 +141,7 @@ MEMORY_BOUND = frozenset(
     {
         *("interpolate", "mfd_loss", "ode_step_", "gated_residual", "_gated_residual_backward"),
         *("layer_norm_modulate", "_layer_norm_modulate_backward"),
-        *("rms_norm_modulate_silu", "_rms_norm_modulate_silu_backward"),
+        *("rms_norm_modulate_silu", "_rms_norm_modulate_silu_backward", "quantize_rows"),
     }
 )
 

@@ -7,6 +7,7 @@ from mfd_fast.ops.layer_norm_modulate import layer_norm_modulate
 from mfd_fast.ops.linear_attention import linear_attention
 from mfd_fast.ops.mfd_loss import mfd_loss, mfd_loss_from_ends
 from mfd_fast.ops.ode_step import ode_step_
+from mfd_fast.ops.quantize_rows import quantize_rows
 from mfd_fast.ops.rms_norm_modulate_silu import rms_norm_modulate_silu
 from mfd_fast.ops.segmented_lora import segmented_lora, segmented_lora_
 from mfd_fast.ops.short_attention import short_attention, short_attention_qkv
@@ -21,6 +22,7 @@ __all__ = [
     "mfd_loss",
     "mfd_loss_from_ends",
     "ode_step_",
+    "quantize_rows",
     "rms_norm_modulate_silu",
     "segmented_lora",
     "segmented_lora_",

@@ -181,3 +181,15 @@ def segmented_lora(
     a, b = a[adapter].to(x.dtype), b[adapter].to(x.dtype)
     deltas = [(x @ a[:, g].mT @ b[:, g].mT) * scale for g in range(a.shape[1])]
     return torch.where((rows >= 0)[:, None, None], y + torch.cat(deltas, dim=-1), y)
+
+
+E4M3_MAX = 448.0  # the largest finite value of float8_e4m3fn
+# The largest value of a row is taken as at least this, so that its scale is a normal float32.
+E4M3_SMALLEST_ROW = E4M3_MAX * torch.finfo(torch.float32).tiny
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values like x ``[..., K]`` and the float32 scale ``[..., 1]`` that gives x again."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(E4M3_SMALLEST_ROW)
+    return (x * (E4M3_MAX / largest)).to(torch.float8_e4m3fn), largest / E4M3_MAX
