@@ -96,12 +96,14 @@ class ComparisonDistiller(Distiller):
             yield
 
     def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
-        loss = self.objective.aux_loss(self._batch(cond), t)
+        with self.phase("aux/forward"):
+            loss = self.objective.aux_loss(self._batch(cond), t)
         self._backward("aux", loss)
         return loss.detach()
 
     def _student_backward(self, cond: Any) -> dict[str, Tensor]:
-        loss, metrics = self.objective.student_loss(self._batch(cond))
+        with self.phase("student/forward"):
+            loss, metrics = self.objective.student_loss(self._batch(cond))
         self._backward("student", loss)
         return metrics | {"student_loss": loss.detach()}
 

@@ -130,12 +130,16 @@ class Distiller:
     @property
     def next_role(self) -> str:
         """``"aux"`` or ``"student"``: what :meth:`step` updates next."""
-        config = self.config
         if "aux" not in self.roles:
             return "student"
-        cycle = config.aux_updates + config.student_updates
-        position = sum(self.num_updates.values()) % cycle
-        return "aux" if position < config.aux_updates else "student"
+        position = sum(self.num_updates.values()) % self.cycle_length
+        return "aux" if position < self.config.aux_updates else "student"
+
+    @property
+    def cycle_length(self) -> int:
+        """Updates of one cycle."""
+        aux = self.config.aux_updates if "aux" in self.roles else 0
+        return aux + self.config.student_updates
 
     @torch.no_grad()
     def generate(self, noise: Tensor, cond: Any, *, use_ema: bool = True) -> Tensor:

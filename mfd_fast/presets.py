@@ -299,6 +299,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; give --config a YAML file of settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {problem}") from None

@@ -1,9 +1,13 @@
-"""What a piece of code costs, counted: operators, bytes saved for backward, bytes still alive."""
+"""What a piece of code costs, counted: operations, operators, bytes kept and still alive."""
+
+import inspect
+from functools import partial
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Dispatched operators that move no data: no kernel on a GPU.
 FREE = {
@@ -12,6 +16,21 @@ FREE = {
     *("split", "split_with_sizes", "chunk", "unflatten", "lift_fresh"),
     *("empty", "empty_like", "empty_strided", "new_empty"),
 }
+
+
+def torchs_counter():
+    """PyTorch's own counter, told that the CPU's fused attention is one like the GPU's."""
+    aten = torch.ops.aten
+    same = {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
+    }
+    kept = {op: partial(_first_shapes, count) for op, count in same.items()}
+    return FlopCounterMode(display=False, custom_mapping=kept)
+
+
+def _first_shapes(count, *shapes, **_):
+    return count(*shapes[: len(inspect.signature(count).parameters)])
 
 
 class Count(TorchDispatchMode):

@@ -20,7 +20,8 @@ from mfd_fast.cli import COMMANDS
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 NEEDS = {"sana.md": ("diffusers", "matplotlib"), "quickstart.md": ("sklearn", "matplotlib"),
-         "troubleshooting.md": ("sklearn", "matplotlib"), "occfm.md": ("matplotlib",)}  # fmt: skip
+         "troubleshooting.md": ("sklearn", "matplotlib"), "occfm.md": ("matplotlib",),
+         "cost.md": ("sklearn", "matplotlib")}  # fmt: skip
 
 
 def blocks(path, language):

@@ -10,7 +10,7 @@ def bench(argv: list[str]) -> None:
     own, rest = options(argv, out="runs/bench", only="", smoke=False)
     no_more(rest, ("--out", "--only", "--smoke"))
     try:
-        from bench import suite
+        from bench import suite, suite_page
     except ImportError as error:
         raise ValueError(
             f"the benchmarks are in the repository, not in the installed package ({error}): run "
@@ -19,6 +19,9 @@ def bench(argv: list[str]) -> None:
     folder = Path(own.out)
     if (folder / "report.html").exists():
         raise ValueError(f"{folder} holds a report already; choose another folder with --out")
-    files = suite.run(suite.benchmarks(own.only), folder.resolve(), smoke=own.smoke)
-    print(suite.report(files, folder))
-    print(folder / "report.html")
+    files, failed = suite.run(suite.benchmarks(own.only, smoke=own.smoke), folder.resolve())
+    if files:
+        print(suite_page.report(files, folder))
+        print(folder / "report.html")
+    if failed:
+        raise ValueError(f"{'; '.join(failed)}: see above")

@@ -32,8 +32,8 @@ def dry_run(config: RunConfig, out: Path) -> None:
     rows = {"device": device_of(task.device), **plan_of(config, out), **found}
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}
     show(rows, f"{config.preset}, dry run")
-    device = devices.this_machine()
-    print(text(estimate(meta_model, config, device, efficiency_here(device, config.preset))))
+    device, efficiency = efficiency_here(devices.this_machine(), config.preset)
+    print(text(estimate(meta_model, config, device, efficiency)))
     print("\nNothing was written. The same command without --dry-run starts the run.")
 
 

@@ -111,9 +111,11 @@ def parse_config(default: Any, argv: list[str], prog: str) -> Any:
 def _one_sentence(box: str, prog: str) -> str:
     """tyro draws its errors as a box; this is the sentence inside."""
     lines = [line.strip("│╭╰╮╯|+ ") for line in box.splitlines()]
-    text = " ".join(line for line in lines if not set(line) <= set("─-"))
-    found = re.search(r"Error parsing (.*?) *(?:Argument helptext|For full helptext|$)", text)
-    return f"{found.group(1) if found else text.strip()}; {prog} --help lists every setting"
+    text = " ".join(line for line in lines if "──" not in line and not set(line) <= {"-"})
+    found = re.search(
+        r"(?:Error parsing )?(.*?)[. ]*(?:Argument helptext|For full helptext|$)", text
+    )
+    return f"{found.group(1)}; {prog} --help lists every setting"
 
 
 def dotted_keys(tree: dict, prefix: str = "") -> list[str]:

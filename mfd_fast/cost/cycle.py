@@ -15,14 +15,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from mfd_fast.backbone import Backbone, Lane
+from mfd_fast.backbone import Backbone, Lane, batch_size
 from mfd_fast.config import DistillConfig, OptimConfig
 from mfd_fast.cost.operators import stored_bytes
 from mfd_fast.cost.trace import Memory, Op, Trace, Work
 from mfd_fast.distiller import Distiller
 from mfd_fast.flow import Schedule
 from mfd_fast.integrate import Trajectories
-from mfd_fast.objectives import make_objective
+from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.solvers import SolverTable, plan
 
 DRAWS = 4096  # pairs (t, r) that are drawn for the expected numbers of evaluations
@@ -76,7 +76,17 @@ def moment_bytes(kind: str) -> float:
     return MOMENT_BYTES[kind]
 
 
-class MetaDistiller(Distiller):
+class Traced:
+    """A distiller whose phases and optimizer steps can be charged to a trace."""
+
+    def listen(self, trace: Trace) -> None:
+        """Charge phases and optimizer steps to ``trace``."""
+        self.phase = trace.phase
+        for optimizer in self.optimizers.values():
+            optimizer.trace = trace
+
+
+class MetaDistiller(Traced, Distiller):
     """A ``Distiller`` without storage whose integrations take one evaluation."""
 
     def __init__(self, model: MetaModel, config: DistillConfig):
@@ -87,14 +97,8 @@ class MetaDistiller(Distiller):
         }
         super().__init__(backbone, config, optimizers, schedule=model.schedule)
 
-    def listen(self, trace: Trace) -> None:
-        """Charge phases and optimizer steps to ``trace``."""
-        self.phase = trace.phase
-        for optimizer in self.optimizers.values():
-            optimizer.trace = trace
-
     def _draw_table(self, cond: Any) -> SolverTable:
-        half = torch.full((len(_leaf(cond)),), 0.5)
+        half = torch.full((batch_size(cond),), 0.5)
         return plan(half, half, step_size=self.config.step_size, solver=self.config.solver)
 
 
@@ -103,10 +107,11 @@ class CycleCost:
     """One cycle at one batch size.
 
     phases: expected work of every phase, all its updates of the cycle together.
-    evaluations: expected ODE evaluations of one lane of one sample in a student update.
+    evaluations: expected ODE evaluations of one lane of one sample in a student update; 0 if the
+        objective draws no interval.
     persistent: bytes by component of what stays from update to update.
     memory: what was alive above that, by phase.
-    gradients: bytes of one role's gradients, what several GPUs sum in an update.
+    gradients: role that is trained -> bytes of its gradients, what several GPUs sum in an update.
     """
 
     batch: int
@@ -128,9 +133,13 @@ class CycleCost:
 def trace_cycle(model: MetaModel, config: DistillConfig, batch: int) -> CycleCost:
     """Trace the updates of one cycle for ``batch`` samples an update.
 
-    ``ValueError`` if the batch does not divide into ``config.micro_batches``, or for an objective
-    that ``Distiller`` does not train.
+    ``ValueError`` if the batch does not divide into ``config.micro_batches``, or if the objective
+    cannot train this backbone.
     """
+    if not is_interval(config):
+        from mfd_fast.cost.compared import trace_compared  # it is built from the parts below
+
+        return trace_compared(model, config, batch)
     distiller, cond = MetaDistiller(model, config), model.cond(batch)
     with Trace(counts_work=False) as first:  # gradients, tables and plans are made now and stay
         distiller.aux_step(cond)
@@ -149,13 +158,14 @@ def trace_cycle(model: MetaModel, config: DistillConfig, batch: int) -> CycleCos
     evaluations = sum(n * count for n, count in counts.items()) / rows
     counts[rows] -= 1.0  # the one that was traced
     steps = _trace_steps(distiller, model.cond(rows), share, config)
-    phases[INTEGRATE].add(_weighted(steps, counts), parts * config.student_updates)
-    persistent = _persistent(distiller, first.memory)
-    gradients = {
-        role: float(sum(stored_bytes(p) for p in model.backbone.parameters_of(role)))
-        for role in ("aux", "student")
-    }
+    phases[INTEGRATE].add(weighted(steps, counts), parts * config.student_updates)
+    persistent, gradients = bytes_that_stay(distiller, first.memory), gradients_of(distiller)
     return CycleCost(batch, phases, evaluations, persistent, trace.memory, gradients)
+
+
+def is_interval(config: DistillConfig) -> bool:
+    """Whether ``Distiller`` trains by the objective: captured, and in many processes, if asked."""
+    return isinstance(make_objective(config), IntervalObjective)
 
 
 @lru_cache(maxsize=64)
@@ -183,32 +193,47 @@ def _trace_steps(
 ) -> dict[int, Work]:
     """One evaluation and one solver step for 1, 4, 16, ... and all samples still moving."""
     backbone, objective = distiller.backbone, distiller.objective
-    rows = len(_leaf(cond))
+    with torch.no_grad():
+        prepared = backbone.prepare(cond)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return objective.velocity(backbone, prepared, x, t)
+
+    lanes = (2, len(objective.lanes))
+    return solver_steps(velocity, backbone, prepared.batch, lanes, config, share)
+
+
+@torch.no_grad()
+def solver_steps(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    backbone: Backbone,
+    rows: int,
+    lanes: tuple[int, int],
+    config: DistillConfig,
+    share: float = 1.0,
+) -> dict[int, Work]:
+    """One step of ``integrate`` for 1, 4, 16, ... and ``rows`` samples still moving.
+
+    Args: lanes: trajectories of a sample, and lanes that see them; share: of rows with an adapter.
+    """
     sizes = sorted({rows, *(4**k for k in range(rows.bit_length()) if 4**k < rows)})
-    shape = (rows, 2, *backbone.sample_shape)
     moving = Trajectories.like(
-        torch.empty(shape, device=backbone.device),
-        len(objective.lanes),
+        torch.empty(rows, lanes[0], *backbone.sample_shape, device=backbone.device),
+        lanes[1],
         backbone.dtype,
         has_history=config.solver != "euler",
     )
     times, coef = (torch.empty(rows, *tail, device=backbone.device) for tail in ((), (5,)))
+    moving.step(velocity, rows, times, coef, config.guidance)  # conditions of all rows are made now
     work = {}
-    with torch.no_grad():
-        prepared = backbone.prepare(cond)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return objective.velocity(backbone, prepared, x, t)
-
-        moving.step(velocity, rows, times, coef, config.guidance)
-        for n in sizes:
-            with Trace({INTEGRATE: share}) as trace, trace.phase(INTEGRATE):
-                moving.step(velocity, n, times[:n], coef[:n], config.guidance)
-            work[n] = trace.work[INTEGRATE]
+    for n in sizes:
+        with Trace({INTEGRATE: share}) as trace, trace.phase(INTEGRATE):
+            moving.step(velocity, n, times[:n], coef[:n], config.guidance)
+        work[n] = trace.work[INTEGRATE]
     return work
 
 
-def _weighted(steps: dict[int, Work], counts: Counter) -> Work:
+def weighted(steps: dict[int, Work], counts: Counter) -> Work:
     """The sum over n of counts[n] steps of n samples, linear between the sizes that were traced."""
     total, sizes = Work(), sorted(steps)
     for n, count in counts.items():
@@ -225,10 +250,10 @@ def _updates(config: DistillConfig, phase: str) -> int:
     return config.aux_updates if phase.startswith("aux/") else config.student_updates
 
 
-def _persistent(distiller: Distiller, first: Memory) -> dict[str, float]:
+def bytes_that_stay(distiller: Distiller, first: Memory) -> dict[str, float]:
     """Bytes that stay, by component; ``first`` watched the first update of each role."""
     backbone = distiller.backbone
-    trained = {role: backbone.parameters_of(role) for role in ("aux", "student")}
+    trained = {role: distiller.parameters_of(role) for role in distiller.roles}
     flat = [p for parameters in trained.values() for p in parameters]
     own = {id(p) for p in flat}
     tensors = [*backbone.parameters(), *backbone.buffers()]
@@ -247,10 +272,14 @@ def _persistent(distiller: Distiller, first: Memory) -> dict[str, float]:
     }
 
 
+def gradients_of(distiller: Distiller) -> dict[str, float]:
+    """Role that is trained -> bytes of its gradients."""
+    return {
+        role: float(sum(stored_bytes(p) for p in distiller.parameters_of(role)))
+        for role in distiller.roles
+    }
+
+
 def _distinct(tensors: list[Tensor]) -> int:
     storages = [x.untyped_storage() for x in tensors]
     return sum({s._cdata: s.nbytes() for s in storages}.values())
-
-
-def _leaf(cond: Any) -> Tensor:
-    return torch.utils._pytree.tree_leaves(cond)[0]

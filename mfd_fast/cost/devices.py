@@ -7,7 +7,8 @@ where it comes from.
 import difflib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,7 @@ class Device:
     bf16_tflops: products of 16-bit factors with fp32 sums; fp32_tflops: of float32 (no TF32).
     bandwidth: bytes a second of memory; memory: bytes; watts: power limit.
     link: bytes a second to a neighbouring GPU of the same machine, one way; 0: unknown.
+    is_gpu: whether a process holds a context on it beside its tensors.
     source: where the numbers come from.
     """
 
@@ -33,11 +35,21 @@ class Device:
     watts: float
     link: float
     source: str = DATA_SHEET
+    is_gpu: bool = True
 
     def flops(self, dtype: torch.dtype) -> float:
-        """Operations a second of products in ``dtype``."""
+        """Operations a second of products in ``dtype``; 8 bits twice as many as 16."""
+        if dtype.itemsize == 1:
+            return 2e12 * self.bf16_tflops
         is_16_bit = dtype in (torch.bfloat16, torch.float16)
         return 1e12 * (self.bf16_tflops if is_16_bit else self.fp32_tflops)
+
+
+class Fit(NamedTuple):
+    """Seconds of a phase = seconds at the device's rates / share + operators x host_seconds."""
+
+    share: float
+    host_seconds: float
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,18 @@ class Efficiency:
 
     shares: family -> share of the rate of products; bandwidth: share of the memory's.
     host_seconds: what launching one operator costs; a phase is never faster than its launches.
+    phases: phase, or the role of one -> what was measured of it; takes the place of the others.
     """
 
     shares: dict[str, float]
     bandwidth: float
     host_seconds: float
     source: str
+    phases: dict[str, Fit] = field(default_factory=dict)
+
+    def fit_of(self, phase: str) -> Fit | None:
+        """What was measured of a phase, else of its role, else None."""
+        return self.phases.get(phase, self.phases.get(phase.split("/")[0]))
 
 
 # Shares and launch costs for a GPU.  Nothing was measured on one: large products usually reach
@@ -69,24 +87,38 @@ def assumed(*, is_captured: bool) -> Efficiency:
     return Efficiency(ASSUMED_SHARES, ASSUMED_BANDWIDTH, launch, "assumed, not measured on a GPU")
 
 
+# Dense products with float32 sums: half the data sheet's rate with sparsity, and on GeForce cards
+# and the A10G half the rate with 16-bit sums.  Link: NVLink where a machine joins all its GPUs by
+# it, else PCIe, for a bridge joins two cards only.  Memory in 10^9 bytes; cards have a little more.
 # fmt: off
 DEVICES = {
     #                 bf16   fp32  bandwidth      memory   watts  link
-    "b200":     (2250.0,  75.0, 8000 * GB, 180 * GB, 1000.0, 900 * GB),
+    "b200":     (2250.0,  75.0, 7700 * GB, 180 * GB, 1000.0, 900 * GB),
     "h200":      (989.4,  66.9, 4800 * GB, 141 * GB,  700.0, 450 * GB),
     "h100":      (989.4,  66.9, 3350 * GB,  80 * GB,  700.0, 450 * GB),
+    "h100-pcie": (756.5,  51.2, 2000 * GB,  80 * GB,  350.0,  64 * GB),
     "a100":      (312.0,  19.5, 2039 * GB,  80 * GB,  400.0, 300 * GB),
     "a100-40gb": (312.0,  19.5, 1555 * GB,  40 * GB,  400.0, 300 * GB),
     "l40s":      (362.1,  91.6,  864 * GB,  48 * GB,  350.0,  32 * GB),
     "l4":        (121.0,  30.3,  300 * GB,  24 * GB,   72.0,  32 * GB),
-    "a6000":     (154.8,  38.7,  768 * GB,  48 * GB,  300.0,  32 * GB),
+    "a40":       (149.7,  37.4,  696 * GB,  48 * GB,  300.0,  32 * GB),
+    "a10":       (125.0,  31.2,  600 * GB,  24 * GB,  150.0,  32 * GB),
+    "a10g":       (70.0,  35.0,  600 * GB,  24 * GB,  300.0,  32 * GB),
     "rtx-pro-6000": (503.8, 126.0, 1792 * GB, 96 * GB, 600.0, 64 * GB),
+    "rtx6000-ada": (364.2, 91.1, 960 * GB,  48 * GB,  300.0,  32 * GB),
+    "a6000":     (154.8,  38.7,  768 * GB,  48 * GB,  300.0,  32 * GB),
     "rtx5090":   (209.5, 104.8, 1792 * GB,  32 * GB,  575.0,  64 * GB),
     "rtx4090":   (165.2,  82.6, 1008 * GB,  24 * GB,  450.0,  32 * GB),
     "rtx3090":    (71.0,  35.6,  936 * GB,  24 * GB,  350.0,  32 * GB),
 }
 # fmt: on
 THIS_MACHINE = "this-machine"
+# What describes a device that is not in the table, and the option that gives it.
+NUMBERS = {
+    "bf16_tflops": "--peak-tflops (16-bit)",
+    "bandwidth": "--bandwidth (GB/s)",
+    "memory": "--memory (GB)",
+}
 
 
 def device_named(name: str, **given: float) -> Device:
@@ -101,14 +133,16 @@ def device_named(name: str, **given: float) -> Device:
     if name in DEVICES:
         device = Device(name, *DEVICES[name])
         return replace(device, **given, source=_source(given)) if given else device
-    if {"bf16_tflops", "bandwidth", "memory"} <= given.keys():
+    if NUMBERS.keys() <= given.keys():
         fp32 = given["bf16_tflops"] / 8
-        return Device(name, fp32_tflops=fp32, watts=0.0, link=0.0, source=_source(given), **given)
+        source = "given by you, float32 taken as an eighth of 16-bit"
+        return Device(name, fp32_tflops=fp32, watts=0.0, link=0.0, source=source, **given)
     close = difflib.get_close_matches(name.lower(), [*DEVICES, THIS_MACHINE], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    missing = ", ".join(how for number, how in NUMBERS.items() if number not in given)
     raise ValueError(
-        f"unknown GPU {name!r}; there is {[*DEVICES, THIS_MACHINE]}{hint} Describe another one by "
-        "--peak-tflops (16-bit), --bandwidth (GB/s) and --memory (GB)"
+        f"unknown GPU {name!r}{hint}; there is {', '.join([*DEVICES, THIS_MACHINE])}; "
+        f"for another one add {missing}"
     )
 
 
@@ -123,9 +157,12 @@ MEASURE_SECONDS = 0.3
 LAUNCHES = 1000
 
 
-def this_machine() -> Device:
-    """The rates of the device at hand by a large product and a large copy: about a second."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+def this_machine(kind: str = "") -> Device:
+    """The rates of the device at hand by a large product and a large copy: about a second.
+
+    kind: "cuda" or "cpu"; the GPU if there is one.
+    """
+    kind = kind or here()
     fp32, bf16 = (matmul_flops(kind, dtype) / 1e12 for dtype in (torch.float32, torch.bfloat16))
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -136,12 +173,18 @@ def this_machine() -> Device:
         name, memory = f"{cpu_name()}, {torch.get_num_threads()} threads", _host_memory()
     side, copied = MATMUL_SIDE[kind], COPY_BYTES[kind] >> 20
     source = f"measured here: a product of {side}^3 and a copy of {copied} MiB"
-    return Device(name, bf16, fp32, copy_bandwidth(kind), memory, 0.0, 0.0, source)
+    rates = bf16, fp32, copy_bandwidth(kind)
+    return Device(name, *rates, memory, 0.0, 0.0, source, is_gpu=kind == "cuda")
 
 
-def calibrate(device: Device) -> Efficiency:
+def here() -> str:
+    """ "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def calibrate(device: Device, kind: str = "") -> Efficiency:
     """The measured rates of ``device`` themselves, and the cost of launching a small operator."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = kind or here()
     x = torch.zeros(8, device=kind)
     launch = seconds_of(lambda: [x.add_(1.0) for _ in range(LAUNCHES)], kind) / LAUNCHES
     shares = dict.fromkeys(ASSUMED_SHARES, 1.0)

@@ -2,6 +2,7 @@
 
     seconds of an operator = max(operations / rate, bytes / bandwidth), each rate times its share
     seconds of a phase     = max(sum over its operators, operators x launch)
+    where it was measured  = sum over its operators / share + operators x host (``cost.measured``)
 
 Not counted: text encoding, decoding of images, evaluation, reading data.
 """
@@ -12,7 +13,14 @@ from dataclasses import dataclass, replace
 
 from mfd_fast.activation import POLICIES
 from mfd_fast.config import RunConfig
-from mfd_fast.cost.cycle import INTEGRATE, CycleCost, MetaModel, moment_bytes, trace_cycle
+from mfd_fast.cost.cycle import (
+    INTEGRATE,
+    CycleCost,
+    MetaModel,
+    is_interval,
+    moment_bytes,
+    trace_cycle,
+)
 from mfd_fast.cost.devices import Device, Efficiency
 from mfd_fast.cost.trace import Work
 
@@ -105,10 +113,15 @@ def estimate(
 ) -> Estimate:
     """Predict the run of ``config``; ``make_model`` makes its shapes (``tasks.meta.meta_model``).
 
-    ``ValueError`` if ``gpus`` is below 1 or the batch does not divide into the micro-batches.
+    ``ValueError`` if ``gpus`` is below 1, or above for an objective that trains in one process, or
+    if the batch does not divide into the micro-batches.
     """
     if gpus < 1:
         raise ValueError(f"the number of GPUs must be >= 1, got {gpus}")
+    if gpus > 1 and not is_interval(config.distill):
+        raise ValueError(
+            f"distill.objective={config.distill.objective!r} trains in one process: drop --gpus"
+        )
     batch = config.train.batch_size
     cycles = {
         policy: _trace(make_model, _with(config, activation=policy), batch) for policy in POLICIES
@@ -116,7 +129,7 @@ def estimate(
     cycle = cycles[config.train.activation]
     # Twice the micro-batches is half the rows at a time, so the double batch must double the rows.
     double = _trace(make_model, config, 2 * batch)
-    has_context = device.watts > 0
+    has_context = device.is_gpu
     here, twice = (memory_of(c, config, has_context=has_context) for c in (cycle, double))
     profiles = sorted(
         _profiles(cycles, config, device, efficiency, has_context), key=lambda p: p.seconds
@@ -127,7 +140,7 @@ def estimate(
         efficiency=efficiency,
         gpus=gpus,
         cycle=cycle,
-        seconds={k: phase_seconds(work, device, efficiency) for k, work in cycle.phases.items()},
+        seconds=cycle_seconds(cycle, device, efficiency),
         memory=here,
         largest_batch=_largest_batch(device.memory, here, twice, batch),
         cheapest=next((p for p in profiles if p.bytes <= device.memory), None),
@@ -135,14 +148,24 @@ def estimate(
     )
 
 
-def phase_seconds(work: Work, device: Device, efficiency: Efficiency) -> float:
+def cycle_seconds(cycle: CycleCost, device: Device, efficiency: Efficiency) -> dict[str, float]:
+    """phase -> seconds of a cycle."""
+    return {
+        name: phase_seconds(work, device, efficiency, name) for name, work in cycle.phases.items()
+    }
+
+
+def phase_seconds(work: Work, device: Device, efficiency: Efficiency, phase: str = "") -> float:
     """Seconds of a phase's work."""
     total = 0.0
     for op, count in work.calls.items():
         share = efficiency.shares.get(op.family, efficiency.bandwidth)
         compute = op.flops / (device.flops(op.dtype) * share)
         total += count * max(compute, op.bytes / (device.bandwidth * efficiency.bandwidth))
-    return max(total, work.num_ops * efficiency.host_seconds)
+    fit = efficiency.fit_of(phase)
+    if fit is None:
+        return max(total, work.num_ops * efficiency.host_seconds)
+    return total / fit.share + work.num_ops * fit.host_seconds
 
 
 def memory_of(cycle: CycleCost, config: RunConfig, *, has_context: bool) -> dict[str, float]:
@@ -151,15 +174,15 @@ def memory_of(cycle: CycleCost, config: RunConfig, *, has_context: bool) -> dict
     With ``train.capture`` each of the three pools of graphs keeps what it needed at its highest.
     """
     memory, peak = dict(cycle.persistent), cycle.memory.peak
-    aux = max(value for phase, value in peak.items() if phase.startswith("aux/"))
-    student = {phase: value for phase, value in peak.items() if phase.startswith("student/")}
-    ode = student.pop(INTEGRATE) - cycle.memory.at_entry[INTEGRATE]
+    phases = {phase: value for phase, value in peak.items() if phase}
     if config.train.capture:
-        memory["graph pool, auxiliary"] = float(aux)
-        memory["graph pool, student"] = float(max(student.values()))
+        ode = phases.pop(INTEGRATE) - cycle.memory.at_entry[INTEGRATE]
+        for role, name in (("aux", "auxiliary"), ("student", "student")):
+            pool = max(value for phase, value in phases.items() if phase.startswith(f"{role}/"))
+            memory[f"graph pool, {name}"] = float(pool)
         memory["graph pool, integration"] = float(ode)
     else:
-        memory["activations"] = float(max(aux, *student.values(), peak[INTEGRATE]))
+        memory["activations"] = float(max(phases.values()))
     if has_context:
         memory["CUDA context"] = CONTEXT_BYTES
     return memory
@@ -183,7 +206,7 @@ def _profiles(
     """Every activation policy with every kind of optimizer state."""
     profiles = []
     for policy, cycle in cycles.items():
-        seconds = sum(phase_seconds(work, device, efficiency) for work in cycle.phases.values())
+        seconds = sum(cycle_seconds(cycle, device, efficiency).values())
         memory = memory_of(cycle, config, has_context=has_context)
         numbers = _trained_numbers(cycle)
         for kind in OPTIMIZERS:

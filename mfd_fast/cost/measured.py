@@ -1,23 +1,35 @@
-"""A few cycles of a real run on this machine, to set beside what was predicted for it."""
+"""What was measured, for a prediction: whole updates in committed results, cycles run here.
+
+    seconds of a phase = seconds at the device's rates / share + operators x host
+
+``share`` and ``host`` of every phase come from the updates that ``bench.bench_step`` measured on a
+device at several batch sizes, by non-negative least squares of the relative error.
+"""
 
 import json
+import re
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mfd_fast.cost.devices import Device, Efficiency, calibrate
+from mfd_fast.cost.devices import Device, Efficiency, Fit, calibrate
 from mfd_fast.distiller import Distiller
 from mfd_fast.environment import ROOT
 from mfd_fast.profiling.timer import PhaseTimer
 
 RESULTS = ROOT / "bench/results"
-ENGINE = ("captured", "fused", "lane-packed")  # the most complete variant that was measured
+# Below this ratio of singular values the batches say the same, and the host's part is unknown.
+MIN_RANK = 0.02
+ENGINE = ("fused", "lane-packed")  # the most complete variant without graphs that was measured
 
 
 def measured_phases(distiller: Distiller, next_cond: Any, *, cycles: int = 3) -> dict[str, float]:
     """Mean seconds of every phase in one cycle, after a cycle that is not counted."""
-    config = distiller.config
-    updates = config.aux_updates + config.student_updates
+    updates = distiller.cycle_length
     timer = PhaseTimer(distiller.backbone.device)
     for number in range((1 + cycles) * updates):
         if number == updates:
@@ -30,24 +42,97 @@ def measured_phases(distiller: Distiller, next_cond: Any, *, cycles: int = 3) ->
     }
 
 
-def efficiency_here(device: Device, preset: str) -> Efficiency:
-    """The share of this device's rates that whole updates reached on it.
+def calibrated(
+    device: Device, preset: str, *, is_captured: bool = False
+) -> tuple[Device, Efficiency] | None:
+    """The device's measured rates, and what of them the updates of a preset's family reached.
 
-    From the student's update in ``bench/results/step_*.json`` of this device and this preset's
-    family; without such a file, the rates themselves.  Launches are measured now.
+    None if ``bench/results`` has no ``step_*.json`` of this device and family.  ``is_captured``:
+    the updates that ran as CUDA graphs, which may be none.
     """
-    rates = calibrate(device)
-    for path in sorted(RESULTS.glob("step_*.json")):
-        result = json.loads(path.read_text())
-        same_family = result["config"]["model"].split("-")[0] == preset.split("-")[0]
-        if not (same_family and device.name.startswith(result["device"])):
+    for path, result in _results(device, preset):
+        rows = [row for row in result["rows"] if row["variant"] in _engine(result, is_captured)]
+        if not rows:
             continue
-        rows = {row["variant"]: row for row in result["rows"] if row["update"] == "student"}
-        row = next(rows[name] for name in ENGINE if name in rows)
-        seconds = row["seconds_per_sample"] * row["batch"]
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        share = min(1.0, 1e9 * row["gflop"] / seconds / device.flops(dtype))
-        shares = dict.fromkeys(rates.shares, share)
-        source = f"bench/results/{path.name}, {row['variant']}; launches measured here"
-        return Efficiency(shares, share, rates.host_seconds, source)
-    return rates
+        rates, file = result["config"]["rates"], f"bench/results/{path.name}"
+        device = replace(
+            device,
+            bf16_tflops=rates["bf16_tflops"],
+            fp32_tflops=rates["fp32_tflops"],
+            bandwidth=1e9 * rates["gb_s"],
+            source=f"rates measured, {file}; the rest {device.source}",
+        )
+        batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in rows}))
+        source = f"{file}, {rows[0]['variant']}, batch {batches}"
+        return device, Efficiency({}, 1.0, 1e-6 * rates["host_us"], source, _fits(rows))
+    return None
+
+
+def efficiency_here(
+    device: Device, preset: str, *, is_captured: bool = False
+) -> tuple[Device, Efficiency]:
+    """:func:`calibrated` for the machine at hand; without a result, its rates themselves."""
+    known = calibrated(device, preset, is_captured=is_captured)
+    return known or (device, calibrate(device))
+
+
+def _results(device: Device, preset: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Results of whole updates on the device, the preset's own first, then the one that does most.
+
+    A name of ``DEVICES`` is a board whose full name has all its words: ``rtx4090``, ``a100-40gb``.
+    """
+    found = []
+    for path in RESULTS.glob("step_*.json"):
+        result = json.loads(path.read_text())
+        model = result["config"]["model"]
+        if model.split("-")[0] == preset.split("-")[0] and _is_of(device.name, result):
+            found.append(
+                (model != preset, -max(row["gflop"] for row in result["rows"]), path, result)
+            )
+    return [(path, result) for _, _, path, result in sorted(found, key=lambda entry: entry[:3])]
+
+
+def _is_of(name: str, result: dict[str, Any]) -> bool:
+    if result["driver"] is None:  # taken on a CPU
+        return name == f"{result['device']}, {result['threads']} threads"
+    words = re.findall(r"[a-z0-9]+", result["device"].lower())
+    pairs = {first + second for first, second in pairwise(words)}  # rtx4090 is an "RTX 4090"
+    return name == result["device"] or set(name.split("-")) <= pairs.union(words)
+
+
+def _engine(result: dict[str, Any], is_captured: bool) -> set[str]:
+    """The most complete variant, and the batches that were measured with it."""
+    names = {row["variant"] for row in result["rows"]}
+    batches = {name for name in names if name.startswith("batch ")}
+    if is_captured:
+        return {"captured"} | batches if "captured" in names else set()
+    engine = {next(name for name in ENGINE if name in names)}
+    return engine if "captured" in names else engine | batches
+
+
+def _fits(rows: list[dict[str, Any]]) -> dict[str, Fit]:
+    """Of every phase that was counted in all rows of its role, and of the roles as a whole."""
+    points: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows:
+        points[row["update"]].append((row["at_rates"], row["operators"], row["seconds"]))
+        for name, phase in row["phases"].items():
+            if "at_rates" in phase:
+                points[name].append((phase["at_rates"], phase["operators"], phase["seconds"]))
+    return {name: fit(known) for name, known in points.items()}
+
+
+def fit(points: list[tuple[float, float, float]]) -> Fit:
+    """The share and the host's seconds that explain (seconds at the rates, operators, seconds).
+
+    Least squares of the relative error; where that gives either a negative sign, or there is one
+    point, the host's part is 0.
+    """
+    factors = torch.tensor([[ideal / s, ops / s] for ideal, ops, s in points], dtype=torch.float64)
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    unit = factors / factors.norm(dim=0)
+    if len(points) > 1 and torch.linalg.matrix_rank(unit, rtol=MIN_RANK) == 2:
+        slope, host = torch.linalg.lstsq(factors, ones).solution.flatten().tolist()
+        if slope > 0 and host >= 0:
+            return Fit(1 / slope, host)
+    ideal = factors[:, 0]
+    return Fit(float(ideal.square().sum() / ideal.sum()), 0.0)

@@ -1,5 +1,7 @@
 """An estimate as the text that ``mfd-fast estimate`` prints."""
 
+from mfd_fast.cost.cycle import is_interval
+from mfd_fast.cost.devices import Efficiency
 from mfd_fast.cost.estimate import Estimate, Profile
 from mfd_fast.cost.operators import FAMILIES
 
@@ -15,7 +17,6 @@ def text(run: Estimate) -> str:
 
 def _device(run: Estimate) -> str:
     device, used = run.device, run.efficiency
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in used.shares.items())
     batch, together = run.cycle.batch, f" (train.batch_size {run.cycle.batch * run.gpus})"
     return "\n".join(
         [
@@ -23,10 +24,20 @@ def _device(run: Estimate) -> str:
             f"{together if run.gpus > 1 else ''}",
             f"rates       {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
             f"float32, {device.bandwidth / 1e9:.4g} GB/s ({device.source})",
-            f"efficiency  {shares}, bandwidth {used.bandwidth:.0%}, at least "
-            f"{used.host_seconds * 1e6:.2g} us an operator ({used.source})",
+            f"efficiency  {_efficiency(used)} ({used.source})",
         ]
     )
+
+
+def _efficiency(used: Efficiency) -> str:
+    if used.phases:
+        roles = [name for name in used.phases if "/" not in name]
+        return "of the rates " + ", ".join(
+            f"{used.phases[name].share:.0%} in updates of the {name}" for name in roles
+        )
+    shares = "".join(f"{name} {share:.0%}, " for name, share in used.shares.items())
+    least = f"at least {used.host_seconds * 1e6:.2g} us an operator"
+    return f"{shares}bandwidth {used.bandwidth:.0%}, {least}"
 
 
 def _phases(run: Estimate) -> str:
@@ -35,13 +46,25 @@ def _phases(run: Estimate) -> str:
         for name, work in run.cycle.phases.items()
     ]
     rows.append(_phase_row("cycle", run.cycle.total, run.cycle_seconds, run.cycle_seconds))
-    distill = run.config.distill
-    caption = (
-        f"one cycle: {distill.aux_updates} auxiliary and {distill.student_updates} student "
-        f"updates; E[N] = {run.cycle.evaluations:.2f} evaluations a lane and sample, from the "
-        "run's own draws of (t, r)"
+    table = aligned(["phase", "TFLOP", "GB", "operators", "ms", "share"], rows)
+    return f"{_cycle(run)}\n{table}"
+
+
+def _cycle(run: Estimate) -> str:
+    distill, cycle = run.config.distill, run.cycle
+    counts = {
+        "aux": f"{distill.aux_updates} auxiliary",
+        "student": f"{distill.student_updates} student",
+    }
+    updates = " and ".join(counts[role] for role in cycle.gradients)
+    caption = f"one cycle of {distill.objective}: {updates} updates"
+    if not cycle.evaluations:
+        return caption
+    times = " of (t, r)" if is_interval(distill) else ""
+    return (
+        f"{caption}; E[N] = {cycle.evaluations:.2f} evaluations a lane and sample, from the run's "
+        f"own draws{times}"
     )
-    return f"{caption}\n{aligned(['phase', 'TFLOP', 'GB', 'operators', 'ms', 'share'], rows)}"
 
 
 def _phase_row(name, work, seconds, total) -> list[str]:
@@ -75,9 +98,10 @@ def _fit(run: Estimate) -> str:
         verdict += f"{limit / 1e9:.4g} GB there are. Largest batch that fits: {run.largest_batch}."
     if run.cheapest is not None:
         return f"{verdict}\nFastest profile that fits at this batch: {_profile(run.cheapest)}."
+    fewer = "lower --batch, or " if run.cycle.batch > 1 else ""
     return (
         f"{verdict}\nNo profile fits at this batch; the smallest, {_profile(run.smallest)}, needs "
-        f"{(run.smallest.bytes - limit) / 1e9:.3g} GB more: lower --batch, or take a larger GPU."
+        f"{(run.smallest.bytes - limit) / 1e9:.3g} GB more: {fewer}take a larger GPU."
     )
 
 
@@ -97,12 +121,14 @@ def _run(run: Estimate) -> str:
 
 
 def _scaling(run: Estimate) -> str:
-    rows = []
+    if not is_interval(run.config.distill):
+        return f"{run.config.distill.objective} trains in one process, on one GPU."
+    rows, samples = [], run.cycle.batch * run.config.distill.student_updates
     for gpus in GPUS:
         waiting = run.communication(gpus)
         total = run.cycle_seconds + waiting
         rows.append([str(gpus), f"{waiting * 1e3:.3g}", f"{waiting / total:.1%}",
-                     f"{gpus * run.cycle.batch / total:.4g}"])  # fmt: skip
+                     f"{gpus * samples / total:.4g}"])  # fmt: skip
     head = ["GPUs", "all-reduce ms a cycle", "share", "student samples/s"]
     student = run.cycle.gradients["student"] / 1e6
     caption = f"Gradients of one role, {student:.4g} MB, summed once an update (assumed links)"

@@ -96,9 +96,11 @@ def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *,
     """Softmax attention in one operator, as devices have it.
 
     On tensors without storage PyTorch's own choice is the unfused one, which would keep a matrix of
-    scores for the backward.
+    scores for the backward.  So do devices where the caller turns the fused ones off, as for
+    forward-mode derivatives, or where the numbers of a head are not neighbours in memory.
     """
-    if q.device.type != "meta":
+    is_fused = torch.backends.cuda.flash_sdp_enabled() and all(x.stride(-1) == 1 for x in (q, k, v))
+    if q.device.type != "meta" or not is_fused:
         return _attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -100,8 +100,7 @@ class _Runner:
         self.distiller, self.next_cond = distiller, next_cond
 
     def cycle(self) -> None:
-        config = self.distiller.config
-        for _ in range(config.aux_updates + config.student_updates):
+        for _ in range(self.distiller.cycle_length):
             self.distiller.step(self.next_cond(sum(self.distiller.num_updates.values())))
 
 

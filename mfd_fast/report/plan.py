@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.config import RunConfig
+from mfd_fast.objectives import make_objective
 
 
 def show(rows: Mapping[str, Any], title: str) -> None:
@@ -25,12 +26,14 @@ def plan_of(config: RunConfig, out: Path) -> dict[str, str]:
     """What runs, with which settings, into which folder."""
     distill, train = config.distill, config.train
     steps = f"{distill.student_steps} step{'s' * (distill.student_steps != 1)}"
+    has_aux = "aux" in make_objective(distill).roles
+    aux = f"{distill.aux_updates} auxiliary : " if has_aux else ""
     every = f"every {train.checkpoint_every} student updates" if train.checkpoint_every else "end"
     return {
         "method": f"{distill.objective}, guidance {distill.guidance:g}, {distill.solver} steps of "
         f"at most {distill.step_size:g}, {distill.time_distribution} times",
         "student": f"{steps} of {distill.student_solver}",
-        "cycle": f"{distill.aux_updates} auxiliary : {distill.student_updates} student updates",
+        "cycle": f"{aux}{distill.student_updates} student updates",
         "run": f"{train.updates} student updates of {train.batch_size} samples",
         "step": f"{'captured' if train.capture else 'eager'}, activations {train.activation}",
         "checkpoints": f"{every}, the last {train.keep_last} kept",

@@ -15,6 +15,7 @@ import torch
 
 from mfd_fast.comparison import make_distiller
 from mfd_fast.config import ObjectiveName
+from mfd_fast.environment import peak_memory
 from mfd_fast.studies.digits_runs import digits_config
 from mfd_fast.studies.plots import Figure, bars
 from mfd_fast.studies.verdict import Verdict
@@ -33,7 +34,7 @@ BATCH = 128
 CYCLES = 4
 AUX_UPDATES = 10  # the paper's ratio
 CLOSE = 1.5
-KIB_PER_MIB = 1024
+MEBI = 1 << 20
 
 
 def run(seed: int, folder: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def measure(method: str, seed: int) -> dict[str, float]:
     task = make_task(config)
     next_cond = task.conditions()
     task.teacher(torch.zeros(BATCH, 1, 8, 8), torch.ones(BATCH))  # load what any forward loads
-    before = peak_mebibytes()
+    before = peak_memory("cpu") / MEBI
     distiller = make_distiller(task.backbone(), config.distill)
     updates, start = 0, 0.0
     while distiller.num_updates["student"] < 1 + CYCLES:
@@ -63,14 +64,7 @@ def measure(method: str, seed: int) -> dict[str, float]:
         if distiller.num_updates["student"] == 1 and not start:
             start = time.process_time()
     seconds = (time.process_time() - start) / CYCLES
-    return {"seconds": seconds, "mebibytes": peak_mebibytes() - before}
-
-
-def peak_mebibytes() -> float:
-    """The most memory this process has held; ``OSError`` where there is no /proc (not Linux)."""
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / KIB_PER_MIB
+    return {"seconds": seconds, "mebibytes": peak_memory("cpu") / MEBI - before}
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

@@ -3,13 +3,32 @@
 from importlib import import_module
 
 from mfd_fast.config import RunConfig
+from mfd_fast.objectives import make_objective
 from mfd_fast.tasks.base import Task
+
+# Those that give samples of the data, and a student that takes a second time.
+WITH_SAMPLES = ("mfd_fast.tasks.digits:DigitsTask", "mfd_fast.tasks.cifar10:Cifar10Task")
 
 
 def make_task(config: RunConfig) -> Task:
-    """The task of ``config``, imported by its ``TASK``."""
+    """The task of ``config``, imported by its ``TASK``.
+
+    ``ValueError`` for an objective that needs samples of the data where a task gives none.
+    """
+    check_samples(config)
     module, name = config.TASK.split(":")
     return getattr(import_module(module), name)(config)
+
+
+def check_samples(config: RunConfig) -> None:
+    """``ValueError`` if the objective needs samples of the data and the preset gives none."""
+    objective = make_objective(config.distill)
+    if (objective.uses_data or objective.second_time) and config.TASK not in WITH_SAMPLES:
+        raise ValueError(
+            f"distill.objective={config.distill.objective!r} needs samples of the data, which "
+            f"preset {config.preset!r} does not give: take --objective mfd, or preset digits or "
+            "cifar10"
+        )
 
 
 __all__ = ["Task", "make_task"]

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from mfd_fast.data.digits import load_digits
 from mfd_fast.flow import sample_times
@@ -165,6 +164,8 @@ def train_teacher(
     Returns:
         The averaged network in eval mode, and the mean loss of every ``LOSS_WINDOW`` updates.
     """
+    from tqdm import tqdm
+
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

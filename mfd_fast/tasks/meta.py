@@ -5,6 +5,7 @@ Nothing is loaded that is not packaged: a SANA that is no local folder has its p
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,35 +13,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfd_fast.backbone import Backbone, CopiedBackbone
 from mfd_fast.config import RunConfig
 from mfd_fast.cost import MetaModel
+from mfd_fast.cost.cycle import is_interval
+from mfd_fast.float8 import use_float8
+from mfd_fast.objectives import make_objective
+from mfd_fast.tasks import check_samples
 
 LATENT_SHRINK = 32  # pixels to a latent pixel in SANA's autoencoder
 TEXT_TOKENS = 300  # of a SANA prompt that is not trimmed
 
 
 def meta_model(config: RunConfig) -> MetaModel:
-    """The shapes of ``config``; ``ValueError`` for a preset whose shapes are not known here."""
+    """The shapes of ``config``, without what its objective does not train.
+
+    ``ValueError`` for a preset whose shapes are not known here, or that its objective cannot train.
+    """
     make = FAMILIES.get(config.TASK)
     if make is None:
         raise ValueError(
             f"the cost of preset {config.preset!r} cannot be predicted: it offers no shapes; "
             f"those of {sorted(FAMILIES)} are known"
         )
-    return make(config)
+    model, objective = make(config), make_objective(config.distill)
+    if not is_interval(config.distill):
+        _check_compared(config, model.backbone)
+    if "aux" not in objective.roles:
+        model.backbone.aux = torch.nn.Identity()  # a copy that nobody trains
+    if not objective.uses_data:
+        return model
+    shape = model.backbone.sample_shape
+
+    def with_samples(batch: int) -> tuple[Tensor, Any]:
+        return torch.empty(batch, *shape, device="meta"), model.cond(batch)
+
+    return replace(model, cond=with_samples)
+
+
+def _check_compared(config: RunConfig, backbone: Backbone) -> None:
+    """``ValueError`` if the preset cannot be distilled by a ``ComparedObjective``."""
+    name = config.distill.objective
+    if not isinstance(backbone, CopiedBackbone):
+        raise ValueError(
+            f"distill.objective={name!r} trains full copies of a network, and preset "
+            f"{config.preset!r} trains adapters: take --objective mfd, or preset digits or cifar10"
+        )
+    check_samples(config)
+    if config.train.capture:
+        raise ValueError(
+            f"distill.objective={name!r} cannot be captured; set train.capture to false"
+        )
 
 
 def digits_model(config: RunConfig) -> MetaModel:
     """The packaged DiT, three full copies."""
     from mfd_fast.tasks.digits import DigitsTask
 
-    task = DigitsTask(config)
-    task.teacher.to("meta")
-    return MetaModel(task.backbone(), lambda batch: torch.empty(batch, dtype=int, device="meta"))
+    backbone = DigitsTask(config).backbone().to("meta")
+    backbone.device = torch.device("meta")
+    return MetaModel(backbone, lambda batch: torch.empty(batch, dtype=int, device="meta"))
 
 
-def sana_model(config: RunConfig) -> MetaModel:
-    """A SANA with two adapters on the frozen network."""
+def cifar10_model(config: RunConfig) -> MetaModel:
+    """A UNet, three full copies: the teacher's sizes, or those of ``pretrain`` without one."""
+    from mfd_fast.models.unet import UNet, UNetConfig, load_unet
+
+    sizes = load_unet(config.teacher).config if config.teacher else UNetConfig()
+    with torch.device("meta"):
+        teacher, student = (
+            UNet(replace(sizes, second_time=has_second)).eval()
+            for has_second in (False, make_objective(config.distill).second_time)
+        )
+    shape = (sizes.channels, sizes.image_size, sizes.image_size)
+    backbone = CopiedBackbone(teacher, student=student, sample_shape=shape)
+    return MetaModel(backbone, lambda batch: torch.empty(batch, 0, device="meta"))
+
+
+def sana_model(config: RunConfig, device: str = "meta") -> MetaModel:
+    """A SANA with two adapters on the frozen network; random weights on another device."""
     from mfd_fast.adapters import AdapterBank
     from mfd_fast.models.sana import BLOCKS, SanaNetwork
     from mfd_fast.shared_backbone import SharedBackbone
@@ -48,7 +99,7 @@ def sana_model(config: RunConfig) -> MetaModel:
     settings, distill = config.sana, config.distill
     sizes, resolution = sana_sizes(config.teacher)
     side = (settings.resolution or resolution) // LATENT_SHRINK
-    with torch.device("meta"):
+    with torch.device(device):
         network = SanaNetwork(sizes, time_table=bool(distill.grid)).to(
             getattr(torch, settings.dtype)
         )
@@ -66,8 +117,11 @@ def sana_model(config: RunConfig) -> MetaModel:
         activation=config.train.activation,
         blocks=BLOCKS,
     )
+    if config.train.float8:
+        use_float8(backbone)
     length = settings.text_length or TEXT_TOKENS
-    return MetaModel(backbone, partial(_text, length, sizes.caption_channels, network.dtype))
+    shape = (length, sizes.caption_channels)
+    return MetaModel(backbone, partial(_text, shape, network.dtype, device))
 
 
 def sana_sizes(teacher: str) -> tuple[Any, int]:
@@ -101,7 +155,6 @@ def occfm_model(config: RunConfig) -> MetaModel:
     """An OccFM: three full copies, or two adapters on the frozen network."""
     from mfd_fast.activation import apply_activation_policy
     from mfd_fast.adapters import AdapterBank
-    from mfd_fast.backbone import CopiedBackbone
     from mfd_fast.models.occfm import BLOCKS, CONFIGS, OccfmNetwork, null_condition
     from mfd_fast.shared_backbone import SharedBackbone
 
@@ -133,15 +186,18 @@ def occfm_model(config: RunConfig) -> MetaModel:
     return MetaModel(backbone, cond, network.schedule(config.distill.student_steps))
 
 
-def _text(length: int, channels: int, dtype: torch.dtype, batch: int) -> Mapping[str, Tensor]:
+def _text(
+    shape: tuple[int, int], dtype: torch.dtype, device: str, batch: int
+) -> Mapping[str, Tensor]:
     return {
-        "text": torch.empty(batch, length, channels, dtype=dtype, device="meta"),
-        "mask": torch.empty(batch, length, dtype=torch.bool, device="meta"),
+        "text": torch.zeros(batch, *shape, dtype=dtype, device=device),
+        "mask": torch.ones(batch, shape[0], dtype=torch.bool, device=device),
     }
 
 
 FAMILIES: dict[str, Callable[[RunConfig], MetaModel]] = {
     "mfd_fast.tasks.digits:DigitsTask": digits_model,
+    "mfd_fast.tasks.cifar10:Cifar10Task": cifar10_model,
     "mfd_fast.tasks.sana:SanaTask": sana_model,
     "mfd_fast.tasks.occfm:OccfmTask": occfm_model,
 }

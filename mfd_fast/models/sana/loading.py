@@ -134,7 +134,8 @@ def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
 
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"{model_id!r} is neither a folder nor a model id of the form owner/name"
+            f"{model_id!r} is neither a folder nor a model id of the form owner/name; give "
+            "the folder of a checkpoint, for a teacher by --teacher"
         )
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
