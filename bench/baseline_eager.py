@@ -32,6 +32,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from bench.sana_sizes import SIZES, Published, Size, make_prompts, make_transformer
+from mfd_fast.distiller import no_phase
 
 GRID = 1000
 AUX, STUDENT = "aux", "student"
@@ -122,6 +123,7 @@ class LiteralLoop:
             transformer.add_adapter(lora, adapter_name=name)
         self.optimizers = {name: self._optimizer(name) for name in (AUX, STUDENT)}
         self.last_sample: Tensor | None = None  # of the student's update, for a picture of it
+        self.phase = no_phase  # entered around every phase, named as a Distiller's
 
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """The LoRA factors of an adapter, by name without the adapter's."""
@@ -177,22 +179,25 @@ class LiteralLoop:
 
     def aux_loss(self, noise: Tensor, eps: Tensor, t: int, prompt: Prompt) -> Tensor:
         """Flow matching of the auxiliary on a sample of the student."""
-        with torch.no_grad():
+        with self.phase("aux/generate"), torch.no_grad():
             x0 = self.generate(noise, prompt)
-        self.use(AUX)
-        v = self.velocity(prompt)(self.noised(x0, eps, t), t)
-        return F.mse_loss(v, eps - x0)
+        with self.phase("aux/forward"):
+            self.use(AUX)
+            v = self.velocity(prompt)(self.noised(x0, eps, t), t)
+            return F.mse_loss(v, eps - x0)
 
     def student_loss(
         self, noise: Tensor, eps: Tensor, t: int, r: int, prompt: Prompt, null: Prompt
     ) -> Tensor:
         """The surrogate loss: its gradient at x_t is (u_T - u_A) / numel."""
-        x0 = self.generate(noise, prompt)
-        self.last_sample = x0.detach()
-        x_t = self.noised(x0, eps, t)
-        u_aux, u_teacher = self.mean_velocities(x_t.detach(), t, r, prompt, null)
-        self.use(STUDENT)
-        return ((u_teacher - u_aux) * x_t).mean()
+        with self.phase("student/generate"):
+            x0 = self.generate(noise, prompt)
+            self.last_sample = x0.detach()
+            x_t = self.noised(x0, eps, t)
+        with self.phase("student/integrate"):
+            u_aux, u_teacher = self.mean_velocities(x_t.detach(), t, r, prompt, null)
+            self.use(STUDENT)
+            return ((u_teacher - u_aux) * x_t).mean()
 
     @torch.no_grad()
     def mean_velocities(
@@ -229,13 +234,15 @@ class LiteralLoop:
 
     def _apply(self, role: str, loss: Tensor) -> float:
         """Backward, clip, step; the host waits for the loss, as published."""
-        loss.backward()
+        with self.phase(f"{role}/backward"):
+            loss.backward()
         optimizer = self.optimizers[role]
         parameters = optimizer.param_groups[0]["params"]
-        nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
+        with self.phase(f"{role}/optimizer"):
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
 
     def _optimizer(self, role: str) -> torch.optim.Optimizer:
         settings = self.settings
@@ -265,15 +272,19 @@ class PublishedLoop:
 
     def aux_update(self, noise: Tensor, t: int | None = None) -> float:
         """As the loop's."""
-        prompt = Prompt(*self.besides.encode(*self.besides.prompt()))
+        with self.loop.phase("aux/encode"):
+            prompt = Prompt(*self.besides.encode(*self.besides.prompt()))
         return self.loop.aux_update(noise, prompt, t)
 
     def student_update(self, noise: Tensor, interval: tuple[int, int] | None = None) -> float:
         """As the loop's; the sample it trained on becomes an image."""
         besides = self.besides
-        prompt, null = (Prompt(*besides.encode(*p)) for p in (besides.prompt(), besides.empty()))
+        both = (besides.prompt(), besides.empty())
+        with self.loop.phase("student/encode"):
+            prompt, null = (Prompt(*besides.encode(*ids)) for ids in both)
         loss = self.loop.student_update(noise, prompt, null, interval)
-        besides.write_image(self.loop.last_sample)
+        with self.loop.phase("student/image"):
+            besides.write_image(self.loop.last_sample)
         return loss
 
 

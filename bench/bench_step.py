@@ -2,281 +2,218 @@
 
     python -m bench.bench_step --model sana-mini --out bench/results/step_sana_mini_cpu.json
 
-    literal      diffusers + PEFT, one network call after another (``bench.baseline_eager``)
-    sequential   our engine on diffusers' network with its adapters, one lane a call
-    lane-packed  all lanes of an ODE step in one call
-    prepared     our network: text prepared once and without padding, operators from PyTorch
-    fused        the same with the compiled operators
-    captured     the same as CUDA graphs; only on a GPU
-    block        blocks recomputed in the backward
-    batch N      N samples an update
-    ab2          a second-order solver with twice the step
+    published         the literal loop that also encodes its prompts and writes an image
+    literal           diffusers + PEFT, one network call after another (``bench.baseline_eager``)
+    literal compiled  the same with its transformer under torch.compile
+    sequential        our engine on the network as its authors wrote it, one lane a call
+    lane-packed       all lanes of an ODE step in one call
+    prepared          our network: conditions prepared once, operators from PyTorch
+    fused             the same with the compiled operators
+    captured          the same as CUDA graphs; only on a GPU
+    cheap, block      less is kept for the backward (``mfd_fast.activation``)
+    batch N           N samples an update
+    ab2               a second-order solver with twice the step: half the evaluations
+    fp8               products of the lanes without gradient in 8 bits; only on a GPU
 
-Every variant has the same weights and interval and runs in a process of its own: one update of each
-role that is not counted, then the counted ones.  Seconds of the processor stand beside those of the
-clock; on a CPU that others use too, only the former compare.  Digits have no diffusers network
-and no operators of their own: their waterfall is ``sequential``, ``lane-packed``, ``captured``,
-batches and ``ab2``.  Operations charge
-adapters on every row of a call.  Without diffusers and peft the first three are skipped by name.
+Every variant has the same interval and runs in a process of its own: updates of each role that are
+not counted, one whose operators are, then the timed ones.  Digits have no other network and no
+operators of their own; OccFM's ``sequential`` and ``lane-packed`` are on the network as specified.
+Without diffusers and peft SANA's first five are skipped by name.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
 
-from bench import sana_mini
+from bench.nvml import Nvml
 from bench.record import header, write
-from mfd_fast.backbone import Backbone, Lane, Prepared
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig
-from mfd_fast.cost.trace import Trace
-from mfd_fast.distiller import Distiller
-from mfd_fast.objectives.mfd import MeanFlowDistillation
-from mfd_fast.solvers import SolverTable, plan
+from bench.step_loops import (
+    INTERVAL,
+    MODELS,
+    STEP,
+    VARIANTS,
+    Loop,
+    cycle_of,
+    make_loop,
+    samples_of,
+    variants_of,
+    working_dtype,
+)
+from mfd_fast.cost.devices import Device, Efficiency, calibrate, this_machine
+from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.trace import Trace, Work
+from mfd_fast.environment import peak_memory
+from mfd_fast.profiling import PhaseTimer
+from mfd_fast.profiling.profile import WAITS
 
-INTERVAL = (0.6, 0.5)  # five steps of .02
-STEP = 0.02
 ROOT = Path(__file__).resolve().parents[1]
-SANA_MODELS = {"sana-mini": "mini", "sana-1.6b": "1.6b"}
-MODELS = ("digits", *SANA_MODELS)
-VARIANTS = {
-    "literal": {},
-    "sequential": {},
-    "lane-packed": {},
-    "prepared": {},
-    "fused": {},
-    "captured": {},
-    "block": {},
-    "batch 2": {"batch": 2},
-    "batch 4": {"batch": 4},
-    "batch 8": {"batch": 8},
-    "ab2": {"solver": "ab2", "step": 2 * STEP},
-}
-GENERIC = ("sequential", "lane-packed")  # of a SANA: on diffusers' own network
-
-Updates = dict[str, Callable[[], Any]]
+WARMUP = {"cpu": 1, "cuda": 4}  # updates after the counted one; the fourth captures its graphs
+MIN_SECONDS = {"cpu": 0.0, "cuda": 1.0}  # of timed updates: the driver sums energy every 20-100 ms
+SMOKE = "sequential|lane-packed|fused|captured"
+# What the host calls to give the device work; a graph is one launch.
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync",
+            "cudaMemsetAsync")  # fmt: skip
+HOST_READ = "_local_scalar_dense"  # Python reads a value: a wait, unless it is the host's own
 
 
-class FixedInterval(MeanFlowDistillation):
-    """Mean Flow Distillation over one interval, so that all variants do the same work."""
-
-    def draw(self, batch: int, generator: Generator) -> SolverTable:
-        t, r = (torch.full((batch,), end) for end in INTERVAL)
-        return plan(t, r, step_size=self.config.step_size, solver=self.config.solver)
-
-
-class Sequential:
-    """A backbone that evaluates one lane a call, whatever it is asked for."""
-
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backbone, name)
-
-    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
-        times = t if t.ndim == 2 else t[:, None].expand(len(t), len(lanes))
-        parts = [
-            self.backbone.forward(x[:, i : i + 1], times[:, i : i + 1], prepared, (lane,))
-            for i, lane in enumerate(lanes)
-        ]
-        return torch.cat(parts, dim=1)
-
-
-def settings(model: str, solver: str = "euler", step: float = STEP) -> DistillConfig:
-    """Guided, with the student's own number of steps."""
-    return DistillConfig(
-        step_size=step, solver=solver, student_steps=1 if model == "digits" else 4, min_interval=0.0
-    )
-
-
-def make_updates(model: str, variant: str, device: str) -> Updates:
-    """{"aux", "student"} -> one update of a variant."""
-    if variant == "literal":
-        return _literal(model, device)
-    options = VARIANTS[variant]
-    config = settings(model, options.get("solver", "euler"), options.get("step", STEP))
-    batch = options.get("batch", 1)
-    make = _digits if model == "digits" else _sana
-    backbone, cond = make(model, variant, device, batch)
-    if variant == "sequential":
-        backbone = Sequential(backbone)
-    kind = CapturedDistiller if variant == "captured" else Distiller
-    distiller = kind(backbone, config)
-    distiller.objective = FixedInterval(config)
-    return {
-        "aux": lambda: distiller.aux_step(cond),
-        "student": lambda: distiller.student_step(cond),
-    }
-
-
-def _literal(model: str, device: str) -> Updates:
-    from bench.baseline_eager import GRID, make_loop
-    from bench.sana_sizes import SIZES
-
-    size, dtype = SIZES[SANA_MODELS[model]], _dtype(device)
-    loop, prompt, null = make_loop(size, device=device, dtype=dtype)
-    noise = torch.randn(1, *size.sample_shape, device=device).to(dtype)
-    interval = tuple(round(end * GRID) for end in INTERVAL)
-    return {
-        "aux": lambda: loop.aux_update(noise, prompt, GRID // 2),
-        "student": lambda: loop.student_update(noise, prompt, null, interval),
-    }
-
-
-def _digits(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, Tensor]:
-    from mfd_fast.presets import preset
-    from mfd_fast.tasks.digits import DigitsTask
-
-    config = preset("digits")
-    config = replace(config, train=replace(config.train, device=device, batch_size=64 * batch))
-    task = DigitsTask(config)
-    return task.backbone(), task.conditions()(0)
-
-
-def _sana(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, dict[str, Tensor]]:
-    from mfd_fast.adapters import AdapterBank
-    from mfd_fast.models.sana import BLOCKS
-    from mfd_fast.shared_backbone import SharedBackbone
-
-    make = _diffusers_network if variant in GENERIC else _our_network
-    network, cond, side = make(model, device, batch)
-    backbone = SharedBackbone(
-        network,
-        adapters=AdapterBank(network),
-        sample_shape=(32, side, side),
-        null_cond=lambda cond: cond,
-        activation="block" if variant == "block" else "none",
-        blocks=BLOCKS,
-    )
-    return backbone, cond
-
-
-def _our_network(model: str, device: str, batch: int) -> tuple[torch.nn.Module, dict, int]:
-    """Text without its padding."""
-    from mfd_fast.models.sana import SanaConfig, SanaNetwork
-
-    config = SanaConfig(**(sana_mini.CONFIG if model == "sana-mini" else {}))
-    with torch.device(device):
-        network = SanaNetwork(config, time_table=True).to(_dtype(device))
-        text = torch.randn(batch, sana_mini.TEXT, config.caption_channels, dtype=_dtype(device))
-        mask = torch.ones(batch, sana_mini.TEXT, dtype=torch.bool)
-    return network, {"text": text, "mask": mask}, config.sample_size
-
-
-def _diffusers_network(model: str, device: str, batch: int) -> tuple[torch.nn.Module, dict, int]:
-    """Text padded to its full length."""
-    from bench.sana_sizes import SIZES, make_prompts, make_transformer
-
-    size, dtype = SIZES[SANA_MODELS[model]], _dtype(device)
-    (text, mask), _ = make_prompts(size, device=device, dtype=dtype)
-    network = Diffusers(make_transformer(size, device=device, dtype=dtype))
-    cond = {"text": text.repeat(batch, 1, 1), "mask": mask.repeat(batch, 1)}
-    return network, cond, size.side
-
-
-class Diffusers(torch.nn.Module):
-    """diffusers' transformer as ``network(x, t, cond)``."""
-
-    def __init__(self, transformer: torch.nn.Module):
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return self.transformer(
-            x,
-            encoder_hidden_states=cond["text"],
-            encoder_attention_mask=cond["mask"],
-            timestep=1000 * t,
-            return_dict=False,
-        )[0]
-
-
-def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def measure(model: str, variant: str, device: str, repeats: int) -> list[dict]:
-    """A row for each role: seconds an update and sample, operators, memory."""
+def measure(
+    model: str, variant: str, device: str, repeats: int, rates: dict[str, float]
+) -> list[dict]:
+    """A row for each role; ``rates`` are :func:`rates_here`."""
     torch.manual_seed(0)
-    updates = make_updates(model, variant, device)
-    batch = VARIANTS[variant].get("batch", 1) * (64 if model == "digits" else 1)
+    loop = make_loop(model, variant, device)
+    kind = torch.device(device).type
+    counted = {role: _count(loop, role) for role in loop.updates}
+    loop.finish()
     rows = []
-    for role, update in updates.items():
-        update()
-        with Trace(counts_work=True) as trace:
+    for role, update in loop.updates.items():
+        for _ in range(WARMUP[kind]):
             update()
-        seconds, cpu = _seconds(update, repeats, device)
-        work = trace.work[""]
-        rows.append(
-            {
-                "variant": variant,
-                "update": role,
-                "batch": batch,
-                "seconds": round(seconds, 4),
-                "cpu_seconds": round(cpu, 4),
-                "seconds_per_sample": round((cpu if device == "cpu" else seconds) / batch, 5),
-                "operators": int(work.num_ops),
-                "gflop": round(work.flops / 1e9, 3),
-                "peak_mb": round(_peak_bytes(device) / 1e6, 1),
-                "repeats": repeats,
-            }
-        )
+        row = {"variant": variant, "update": role, "batch": samples_of(model, variant)}
+        row |= _timed(loop, update, repeats, kind, row["batch"])
+        row |= _work_columns(counted[role], rates) | _launches(update, kind)
+        for name, phase in row["phases"].items():
+            phase |= _work_of(counted[role].get(name), rates)
+        rows.append(row)
     return rows
 
 
-def _seconds(update: Callable[[], Any], repeats: int, device: str) -> tuple[float, float]:
-    """Medians of the clock's and the processor's seconds."""
+def _count(loop: Loop, role: str) -> dict[str, Work]:
+    """The work of one update by phase, after one that makes what is made once."""
+    loop.updates[role]()
+    silent = loop.listened.phase
+    with Trace(loop.shares) as trace:
+        loop.listened.phase = trace.phase
+        loop.updates[role]()
+    loop.listened.phase = silent
+    return trace.work
+
+
+def _timed(loop: Loop, update: Callable, repeats: int, kind: str, batch: int) -> dict[str, Any]:
+    """Seconds of updates and phases, throughput, memory and energy."""
+    timer, nvml = PhaseTimer(kind), Nvml.open() if kind == "cuda" else None
+    if kind == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    silent, loop.listened.phase = loop.listened.phase, timer.phase
     clock, processor = [], []
-    for _ in range(repeats):
+    joules = nvml.joules() if nvml else None
+    while len(clock) < repeats or sum(clock) < MIN_SECONDS[kind]:
         start, used = time.perf_counter(), time.process_time()
         update()
-        if device != "cpu":
+        if kind == "cuda":
             torch.cuda.synchronize()
         clock.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
-    return median(clock), median(processor)
+    if joules is not None:
+        joules = (nvml.joules() - joules) / len(clock)
+    loop.listened.phase = silent
+    seconds, tenths = median(clock), quantiles([*clock, *clock], n=10, method="inclusive")
+    return {
+        "seconds": round(seconds, 5),
+        "seconds_p10": round(tenths[0], 5),
+        "seconds_p90": round(tenths[-1], 5),
+        "cpu_seconds": round(median(processor), 5),
+        "seconds_per_sample": round(seconds / batch, 6),
+        "updates_per_s": round(1 / seconds, 4),
+        "samples_per_s": round(batch / seconds, 4),
+        "peak_mb": round(peak_memory(kind) / 1e6, 1),
+        "nvml_mb": round(nvml.used_bytes() / 1e6, 1) if nvml else None,
+        "joules": None if joules is None else round(joules, 3),
+        "repeats": len(clock),
+        "phases": {
+            name: {"seconds": round(median(taken), 6)} for name, taken in timer.seconds().items()
+        },
+    }
 
 
-def _peak_bytes(device: str) -> int:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _work_columns(counted: dict[str, Work], rates: dict[str, float]) -> dict[str, Any]:
+    """Of the whole update: operators, their operations, values that the host reads."""
+    total = Work()
+    for work in counted.values():
+        total.add(work)
+    reads = sum(count for op, count in total.calls.items() if op.name == HOST_READ)
+    return _work_of(total, rates) | {"host_reads": int(reads), "gflop": round(total.flops / 1e9, 3)}
 
 
-def variants_of(model: str, device: str) -> list[str]:
-    """The variants that a model, a device and this install have, in the order of the waterfall."""
-    left_out = {"literal", "prepared", "fused", "block"} if model == "digits" else set()
-    if device == "cpu":
-        left_out |= {"captured", "batch 8"}
-    missing = [name for name in ("diffusers", "peft") if find_spec(name) is None]
-    if missing and model != "digits":
-        print(f"skipped: literal, {', '.join(GENERIC)} ({' and '.join(missing)} not installed)")
-        left_out |= {"literal", *GENERIC}
-    return [name for name in VARIANTS if name not in left_out]
+def _work_of(work: Work | None, rates: dict[str, float]) -> dict[str, Any]:
+    """Operators, and seconds if the device reached ``rates``; nothing for what was not counted.
+
+    The graphs of a captured update are not: its parts were, while it warmed up.
+    """
+    if work is None:
+        return {}
+    device = Device("", rates["bf16_tflops"], rates["fp32_tflops"], 1e9 * rates["gb_s"], 0, 0, 0)
+    seconds = phase_seconds(work, device, Efficiency({}, 1.0, 0.0, ""))
+    return {"at_rates": round(seconds, 7), "operators": round(work.num_ops)}
 
 
-def measure_elsewhere(model: str, variant: str, device: str, repeats: int) -> list[dict]:
+def _launches(update: Callable, kind: str) -> dict[str, int | None]:
+    """Launches of one update and waits of the host in it, by the profiler; None on a CPU."""
+    if kind != "cuda":
+        return {"launches": None, "waits": None}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        update()
+        waited = torch.cuda.Event()
+        waited.record()
+        while not waited.query():  # a wait by the driver's call would be counted
+            time.sleep(1e-3)
+    calls = Counter(event.name for event in profiler.events())
+    launches = sum(n for name, n in calls.items() if name.startswith(LAUNCHES))
+    return {"launches": launches, "waits": sum(calls[name] for name in WAITS)}
+
+
+def add_rates(rows: list[dict], rates: dict[str, float], cycle: tuple[int, int]) -> None:
+    """Columns that need more than a row: achieved rate, its share of a product's, cycles an hour.
+
+    ``rows`` are the two roles of one variant; ``rates`` has ``tflops`` of a large product.
+    """
+    for row in rows:
+        achieved = row["gflop"] / row["seconds"] / 1e3
+        row["tflop_s"] = round(achieved, 4)
+        row["product_share"] = round(achieved / rates["tflops"], 4)
+    seconds = sum(n * row["seconds"] for n, row in zip(cycle, rows, strict=True))
+    for row in rows:
+        row["cycles_per_hour"] = round(3600 / seconds, 2)
+
+
+def rates_here(device: str) -> dict[str, float]:
+    """What this device reaches in large operators; the unit that shares are shares of."""
+    here = this_machine(device)
+    return {
+        "tflops": round(here.flops(working_dtype(device)) / 1e12, 4),
+        "bf16_tflops": round(here.bf16_tflops, 4),
+        "fp32_tflops": round(here.fp32_tflops, 4),
+        "gb_s": round(here.bandwidth / 1e9, 2),
+        "host_us": round(calibrate(here, device).host_seconds * 1e6, 3),
+    }
+
+
+def measure_elsewhere(
+    model: str, variant: str, device: str, repeats: int, rates: dict[str, float]
+) -> list[dict]:
     """:func:`measure` in a process of its own; ``prepared`` without compiled operators."""
     command = [sys.executable, "-m", "bench.bench_step", "--model", model, "--device", device]
-    command += ["--variant", variant, "--repeats", str(repeats)]
+    command += ["--variant", variant, "--repeats", str(repeats), "--rates", json.dumps(rates)]
     backend = {"MFD_FAST_BACKEND": "reference"} if variant == "prepared" else {}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | backend, stdout=subprocess.PIPE, text=True, check=True
+        command, cwd=ROOT, env=os.environ | backend, stdout=subprocess.PIPE, text=True, check=False
     )
+    if done.returncode:
+        return []
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -284,23 +221,48 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="sana-mini")
     parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process")
+    parser.add_argument("--only", default="", help="a regex: only variants that it finds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="timed updates of a row")
+    parser.add_argument("--smoke", action="store_true", help="few variants, one timed update")
+    parser.add_argument("--rates", type=json.loads, help=argparse.SUPPRESS)  # of this device
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
+    repeats = 1 if args.smoke else args.repeats
+    rates, cycle = args.rates or rates_here(args.device), cycle_of(args.model)
     if args.variant:
-        for row in measure(args.model, args.variant, args.device, args.repeats):
+        for row in measure(args.model, args.variant, args.device, repeats, rates):
             print(json.dumps(row), flush=True)
         return 0
-    config = {"model": args.model, "interval": INTERVAL, "step": STEP, "repeats": args.repeats}
-    head = header("step", args.device, config)
+    config = {"model": args.model, "interval": INTERVAL, "step": STEP, "repeats": repeats}
+    head = header("step", args.device, config | {"rates": rates, "cycle": cycle})
+    only = args.only or (SMOKE if args.smoke else "")
     rows: list[dict] = []
+    failed = []
     for variant in variants_of(args.model, args.device):
-        rows += measure_elsewhere(args.model, variant, args.device, args.repeats)
-        print(*rows[-2:], sep="\n", flush=True)
-        if args.out:
+        if not re.search(only, variant):
+            continue
+        new = measure_elsewhere(args.model, variant, args.device, repeats, rates)
+        if not new:
+            failed.append(variant)
+            continue
+        add_rates(new, rates, cycle)
+        rows += new
+        print(*(_line(row) for row in new), sep="\n", flush=True)
+        if args.out:  # after every variant: a run that is cut off keeps what it has
             write(args.out, head, rows)
-    return 0
+    if failed:
+        print(f"failed, see above: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed) or not rows)
+
+
+def _line(row: dict) -> str:
+    phases = ", ".join(f"{name} {part['seconds']:.4f}" for name, part in row["phases"].items())
+    return (
+        f"{row['variant']:<17}{row['update']:<8}{row['batch']:>4} {row['seconds']:>9.4f} s "
+        f"{row['product_share']:>6.1%} of a product  {row['operators']:>6} operators "
+        f"{row['peak_mb']:>8.0f} MB  ({phases})"
+    )
 
 
 if __name__ == "__main__":

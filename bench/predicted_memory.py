@@ -1,40 +1,45 @@
-"""The memory a cycle is predicted to need, beside what it needed: growth of the process's RSS.
+"""The memory a cycle is predicted to need, beside what it needed.
 
     python -m bench.predicted_memory --out bench/results/predicted_memory_cpu.json
+    python -m bench.predicted_memory --device cuda --out bench/results/predicted_memory_h100.json
 
-Every case runs in a process of its own, after a small run that loads what is loaded once; its
-allocator returns what is freed (``MALLOC_MMAP_THRESHOLD_``), so that the highest RSS is the highest
-sum of what was alive.
+Every case runs in a process of its own, after a small run that loads what is loaded once.
+
+On a CPU: growth of the process's RSS.  The allocator returns what is freed
+(``MALLOC_MMAP_THRESHOLD_``), so that the highest RSS is the highest sum of what was alive.
+On a GPU: the most that torch's allocator had given out while updates ran, above what it had before;
+of a captured run, what it keeps reserved afterwards, for graphs keep their pools.
 """
 
 import argparse
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench import sana_mini
 from bench.record import header, write
-from mfd_fast.adapters import AdapterBank
 from mfd_fast.backbone import CopiedBackbone
-from mfd_fast.config import DistillConfig, RunConfig
+from mfd_fast.captured import CapturedDistiller
+from mfd_fast.config import DistillConfig, RunConfig, TrainConfig
 from mfd_fast.cost import MetaModel, trace_cycle
 from mfd_fast.cost.estimate import memory_of
 from mfd_fast.distiller import Distiller
 from mfd_fast.models.occfm import CONFIGS
 from mfd_fast.models.occfm.network import OccfmNetwork, null_condition
-from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
 from mfd_fast.presets import preset
-from mfd_fast.shared_backbone import SharedBackbone
 from mfd_fast.tasks.digits import DigitsTask
 
 UPDATES = 4  # two cycles of one auxiliary and one student update
+CAPTURED_UPDATES = 12  # three warm-up updates of each role, then its graphs, then replays
 SMALL_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -43,23 +48,6 @@ def digits(device: str) -> MetaModel:
     task = DigitsTask(preset("digits"))
     task.teacher.to(device)
     return MetaModel(task.backbone(), partial(torch.zeros, dtype=torch.int64, device=device))
-
-
-def small_sana(device: str, activation: str = "none") -> MetaModel:
-    """A SANA of 8 blocks of width 512 in float32, adapters of rank 64."""
-    with torch.device(device):
-        network = SanaNetwork(SanaConfig(**sana_mini.CONFIG), time_table=True)
-    backbone = SharedBackbone(
-        network,
-        adapters=AdapterBank(network),
-        sample_shape=(32, 16, 16),
-        null_cond=lambda cond: cond,
-        activation=activation,
-        blocks=BLOCKS,
-    )
-    return MetaModel(
-        backbone, lambda batch: {"text": torch.zeros(batch, sana_mini.TEXT, 512, device=device)}
-    )
 
 
 def occfm_tiny(device: str) -> MetaModel:
@@ -79,13 +67,35 @@ def occfm_tiny(device: str) -> MetaModel:
     return MetaModel(backbone, cond)
 
 
-# name -> model and batch
-CASES: dict[str, tuple[Callable[[str], MetaModel], int]] = {
-    "digits": (digits, 512),
-    "sana-mini": (small_sana, 4),
-    "sana-mini, block": (partial(small_sana, activation="block"), 4),
-    "occfm-tiny": (occfm_tiny, 8),
+class Case(NamedTuple):
+    """A model by the device it is on, samples an update, and whether its updates are graphs."""
+
+    make: Callable[[str], MetaModel]
+    batch: int
+    is_captured: bool = False
+
+
+mini = partial(sana_mini.make_model, "mini", dtype=torch.float32)
+large = partial(sana_mini.make_model, "1.6b", dtype=torch.bfloat16)
+CASES = {
+    "digits": Case(digits, 512),
+    "sana-mini": Case(mini, 4),
+    "sana-mini, block": Case(partial(mini, activation="block"), 4),
+    "occfm-tiny": Case(occfm_tiny, 8),
 }
+GPU_CASES = {
+    "digits": Case(digits, 512),
+    "sana-mini": Case(mini, 4),
+    "occfm-tiny": Case(occfm_tiny, 8),
+    "sana-1.6b": Case(large, 2),
+    "sana-1.6b, block": Case(partial(large, activation="block"), 2),
+    "sana-1.6b, captured": Case(large, 1, is_captured=True),
+}
+
+
+def cases_of(device: str) -> dict[str, Case]:
+    """The cases that are measured on "cpu" or "cuda"."""
+    return GPU_CASES if device == "cuda" else CASES
 
 
 def settings() -> DistillConfig:
@@ -93,28 +103,49 @@ def settings() -> DistillConfig:
     return DistillConfig(aux_updates=1, student_steps=2, step_size=0.25, ema_decay=0.99)
 
 
-def predicted(make: Callable[[str], MetaModel], batch: int) -> dict[str, float]:
-    """Bytes by component."""
-    cycle = trace_cycle(make("meta"), settings(), batch)
-    return memory_of(cycle, RunConfig(preset=""), has_context=False)
+def predicted(case: Case) -> dict[str, float]:
+    """Bytes by component; a GPU's context is left out, as it is in what is measured."""
+    cycle = trace_cycle(case.make("meta"), settings(), case.batch)
+    train = TrainConfig(capture=case.is_captured)
+    return memory_of(cycle, RunConfig(preset="", train=train), has_context=False)
 
 
-def measured(make: Callable[[str], MetaModel], batch: int) -> int:
-    """Bytes that the RSS of this process grows by, at its highest, while two cycles run."""
-    run(make, 1)
+def measured(case: Case, device: str = "cpu") -> int:
+    """Bytes that a few cycles need above what the process had before them."""
+    if device == "cpu":
+        return _measured_rss(case)
+    run(case, device, batch=1)
+    gc.collect()
+    torch.cuda.empty_cache()
+    counted = torch.cuda.memory_reserved if case.is_captured else torch.cuda.memory_allocated
+    before = counted()
+    distiller = run(case, device)  # alive until it is counted
+    after = counted() if case.is_captured else torch.cuda.max_memory_allocated()
+    del distiller
+    return after - before
+
+
+def _measured_rss(case: Case) -> int:
+    """What the RSS of this process grows by, at its highest."""
+    run(case, "cpu", batch=1)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest RSS is counted from now on
     before = _status("VmRSS")
-    run(make, batch)
+    run(case, "cpu")
     return _status("VmHWM") - before
 
 
-def run(make: Callable[[str], MetaModel], batch: int) -> None:
-    """A few updates on the CPU."""
-    model = make("cpu")
-    distiller = Distiller(model.backbone, settings())
-    for _ in range(UPDATES):
-        distiller.step(model.cond(batch))
+def run(case: Case, device: str, batch: int = 0) -> Distiller:
+    """A few updates, of ``case.batch`` samples if ``batch`` is 0."""
+    model = case.make(device)
+    kind = CapturedDistiller if case.is_captured else Distiller
+    distiller = kind(model.backbone, settings())
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # making a network in 16 bits passes through float32
+    for _ in range(CAPTURED_UPDATES if case.is_captured else UPDATES):
+        distiller.step(model.cond(batch or case.batch))
+    return distiller
 
 
 def _status(key: str) -> int:
@@ -122,9 +153,12 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def measured_elsewhere(name: str, batch: int) -> int:
+def measured_elsewhere(name: str, device: str) -> int:
     """:func:`measured` in a process of its own."""
-    code = f"from bench.predicted_memory import *; print(measured(CASES[{name!r}][0], {batch}))"
+    code = (
+        "from bench.predicted_memory import *; "
+        f"print(measured(cases_of({device!r})[{name!r}], {device!r}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | SMALL_HEAP,
@@ -133,13 +167,13 @@ def measured_elsewhere(name: str, batch: int) -> int:
         text=True,
         check=True,
     )
-    return int(done.stdout)
+    return int(done.stdout.splitlines()[-1])
 
 
-def row(name: str, batch: int) -> dict:
+def row(name: str, batch: int, device: str = "cpu") -> dict:
     """Both numbers of one case, in megabytes."""
-    parts = predicted(CASES[name][0], batch)
-    total, growth = sum(parts.values()), measured_elsewhere(name, batch)
+    parts = predicted(cases_of(device)[name])
+    total, growth = sum(parts.values()), measured_elsewhere(name, device)
     return {
         "case": name,
         "batch": batch,
@@ -152,16 +186,21 @@ def row(name: str, batch: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="a regex: only cases that it finds")
     args = parser.parse_args()
     config = {key: str(value) for key, value in vars(settings()).items()}
     rows = []
-    for name, (_, batch) in CASES.items():
-        rows.append(row(name, batch))
+    head = header("predicted_memory", args.device, config)
+    for name, case in cases_of(args.device).items():
+        if not re.search(args.only, name):
+            continue
+        rows.append(row(name, case.batch, args.device))
         print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        write(args.out, header("predicted_memory", "cpu", config), rows)
-    return 0
+        if args.out:  # after every case: a run that is cut off keeps what it has
+            write(args.out, head, rows)
+    return int(not rows)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,76 @@
 """All benchmarks of this machine, compared with the committed results of the same device.
 
-    mfd-fast bench --out FOLDER [--smoke] [--only REGEX]
+    mfd-fast bench --out FOLDER [--smoke] [--only REGEX of names]
 
-Leaves one JSON a benchmark, ``report.html`` and ``comparison.png``.
+Operators, whole updates of digits and SANA, SANA's literal loop, OccFM's network and decoder, and
+the device's roofs; on a GPU the updates are those of SANA 1.6B.  ``--smoke``: small shapes and few
+variants, to see that all of it runs.  Leaves one JSON a benchmark; ``bench.suite_page`` makes the
+report.
 """
 
-import base64
 import json
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
+OPERATOR = "main(OP, cases)"  # how the benchmark of an operator ends
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One command of the suite: ``python -m bench.MODULE --out FILE ARGUMENTS``.
+
+    needs: packages without which it is skipped by name.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages it needs that are not installed."""
+        return [package for package in self.needs if find_spec(package) is None]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a result name a row, and which says how fast it was.
+
+    case: name a row among those of its file.
+    times: the first of them that a row has; ``is_rate``: more is faster.
+    config: settings of the run that must agree before two files are compared.
+    """
+
+    case: tuple[str, ...]
+    times: tuple[str, ...]
+    config: tuple[str, ...] = ()
+    is_rate: bool = False
+
+
+OPERATORS = Columns(("shape", "dtype", "impl"), ("us",))
+# "op" of a result -> its columns; every other result is an operator's.
+COLUMNS = {
+    "step": Columns(
+        ("variant", "update", "batch"), ("seconds",), config=("model", "interval", "step")
+    ),
+    "sana_literal": Columns(("update", "impl"), ("seconds",), config=("size", "interval")),
+    "occfm_network": Columns(("shape", "dtype", "impl"), ("ms",)),
+    "occfm_decoder": Columns(("frames", "dtype", "impl"), ("ms",), config=("vae",)),
+    "roofline": Columns(("kind", "dtype", "side"), ("gb_s", "tflop_s"), is_rate=True),
+}
+# Implementations and variants that are not this project's: they tell how the machine fares.
+OTHERS = ("eager", "compile", "literal", "published")
 
 
 @dataclass(frozen=True)
@@ -24,123 +78,147 @@ class Comparison:
     """One row measured now beside the committed one; ``ratio`` above 1 is slower than then."""
 
     op: str
-    case: str
-    now_us: float
-    then_us: float
+    case: tuple[Any, ...]
+    now: float
+    then: float
+    is_rate: bool
+    is_ours: bool
 
     @property
     def ratio(self) -> float:
-        return self.now_us / self.then_us
+        return self.then / self.now if self.is_rate else self.now / self.then
 
 
-def benchmarks(only: str = "") -> list[str]:
-    """Names of the operators' benchmarks that the regex finds; ``ValueError`` if it finds none."""
+def suite(device: str, *, smoke: bool) -> list[Benchmark]:
+    """Every benchmark for ``device`` ("cuda" or "cpu"), in the order in which it runs."""
+    quick = ("--smoke",) if smoke else ()
+    operators = [
+        Benchmark(path.stem.removeprefix("bench_"), path.stem, quick)
+        for path in sorted((ROOT / "bench").glob("bench_*.py"))
+        if OPERATOR in path.read_text()
+    ]
+    large = "sana-1.6b" if device == "cuda" else "sana-mini"
+    size = "tiny" if smoke else large.removeprefix("sana-")
+    literal = ("--size", size, "--device", device, *(("--repeats", "2") if smoke else ()))
+    return [
+        *operators,
+        *(
+            Benchmark(f"step-{model}", "bench_step", ("--model", model, *quick))
+            for model in ("digits", "sana-tiny" if smoke else large)
+        ),
+        Benchmark("sana-literal", "bench_sana", literal, needs=("diffusers", "peft")),
+        Benchmark("occfm-network", "bench_occfm", quick),
+        Benchmark("occfm-decoder", "bench_occfm_decoder", quick),
+        Benchmark("roofline", "roofline"),
+    ]
+
+
+def benchmarks(only: str = "", *, smoke: bool = False) -> list[Benchmark]:
+    """Those of this machine whose name the regex finds; ``ValueError`` if it finds none.
+
+    A line on stdout names what is skipped for a missing package.
+    """
+    every = suite("cuda" if torch.cuda.is_available() else "cpu", smoke=smoke)
     try:
-        names = [
-            path.stem.removeprefix("bench_")
-            for path in sorted((ROOT / "bench").glob("bench_*.py"))
-            if "harness" in path.read_text()
-        ]
-        found = [name for name in names if re.search(only, name)]
+        found = [one for one in every if re.search(only, one.name)]
     except re.error as error:
         raise ValueError(f"--only must be a regular expression, got {only!r}: {error}") from None
     if not found:
+        names = [one.name for one in every]
         raise ValueError(f"--only {only!r} finds no benchmark; there is {names}")
-    return found
+    for one in found:
+        if one.missing:
+            print(f"skipped: {one.name} (needs {' and '.join(one.missing)}, not installed)")
+    able = [one for one in found if not one.missing]
+    if not able:
+        packages = " ".join(found[0].missing)
+        raise ValueError(f"nothing is left to run; install what it needs: pip install {packages}")
+    return able
 
 
-def run(names: list[str], folder: Path, *, smoke: bool) -> list[Path]:
-    """Every benchmark in a process of its own; their files.  ``ValueError`` if one fails."""
+def run(chosen: list[Benchmark], folder: Path) -> tuple[list[Path], list[str]]:
+    """Each in a process of its own; the files that they left, and a sentence for each that failed.
+
+    A benchmark that fails keeps what it had measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name in names:
-        path = folder / f"{name}.json"
-        command = [sys.executable, "-m", f"bench.bench_{name}", "--out", str(path)]
-        done = subprocess.run([*command, *(["--smoke"] if smoke else [])], cwd=ROOT, check=False)
-        if done.returncode:
-            raise ValueError(f"bench.bench_{name} failed with status {done.returncode}, see above")
-        files.append(path)
-    return files
+    files, failed = [], []
+    for one in chosen:
+        path = folder / f"{one.name}.json"
+        command = [sys.executable, "-m", f"bench.{one.module}", "--out", str(path), *one.arguments]
+        print(f"== {one.name}", flush=True)
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if status:
+            failed.append(f"{one.name} (bench.{one.module}) failed with status {status}")
+        if path.exists():
+            files.append(path)
+    return files, failed
+
+
+def columns_of(result: dict) -> Columns:
+    """How to read the rows of a result."""
+    return COLUMNS.get(result["op"], OPERATORS)
+
+
+def case_of(row: dict, columns: Columns) -> tuple[Any, ...]:
+    """The row's name in its file."""
+    return tuple(row.get(name) for name in columns.case)
+
+
+def time_of(row: dict, columns: Columns) -> tuple[str, float]:
+    """The column that says how fast the row was, and its value."""
+    name = next(name for name in columns.times if name in row)
+    return name, row[name]
+
+
+def is_ours(row: dict) -> bool:
+    """Whether the row is an implementation of this project."""
+    name = row.get("impl") or row.get("variant") or ""
+    return bool(name) and not name.startswith(OTHERS)
 
 
 def compare(result: dict) -> list[Comparison]:
-    """Our rows that a committed file of the same operator, device and threads has too."""
-    before = {}
-    for path in RESULTS.glob(f"{result['op']}_*.json"):
+    """The rows that the newest committed result of this operator, device and threads has too."""
+    columns = columns_of(result)
+    before: dict[tuple, float] = {}
+    for old in sorted(_committed(result, columns), key=lambda old: old["date"]):
+        before |= {case_of(row, columns): time_of(row, columns)[1] for row in old["rows"]}
+    return [
+        Comparison(
+            result["op"],
+            case_of(row, columns),
+            time_of(row, columns)[1],
+            before[case_of(row, columns)],
+            columns.is_rate,
+            is_ours(row),
+        )
+        for row in result["rows"]
+        if case_of(row, columns) in before
+    ]
+
+
+def _committed(result: dict, columns: Columns) -> list[dict]:
+    """Committed results that ``result`` may be compared with."""
+    found = []
+    for path in RESULTS.glob("*.json"):
         old = json.loads(path.read_text())
         same = all(old.get(key) == result[key] for key in ("op", "device", "threads"))
-        if same:
-            before |= {_key(row): row["us"] for row in old["rows"]}
-    return [
-        Comparison(result["op"], f"{row['shape']} {row['dtype']}", row["us"], before[_key(row)])
-        for row in result["rows"]
-        if row["impl"] == "ours" and _key(row) in before
-    ]
+        if same and all(old["config"].get(k) == result["config"].get(k) for k in columns.config):
+            found.append(old)
+    return found
 
 
-def _key(row: dict) -> tuple[str, str, str]:
-    return row["shape"], row["dtype"], row["impl"]
-
-
-def report(files: list[Path], folder: Path) -> str:
-    """Write the HTML page with its picture; the summary in one line."""
-    results = [json.loads(path.read_text()) for path in files]
-    compared = [row for result in results for row in compare(result)]
-    picture = folder / "comparison.png"
-    _draw(results, picture)
-    if compared:
-        middle = median(row.ratio for row in compared)
-        summary = f"{len(compared)} cases have a committed result; median now / then {middle:.2f}"
-    else:
-        summary = "no committed result of this device and as many threads to compare with"
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    first = results[0]
+def summary(results: list[dict]) -> str:
+    """How fast this machine is against the committed results, in one line."""
+    rows = [row for result in results for row in compare(result)]
+    if not rows:
+        return "no committed result of this device and as many threads to compare with"
     parts = [
-        "<!doctype html><meta charset=utf-8><title>mfd-fast bench</title>",
-        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
-        "td:first-child{text-align:left}</style>",
-        f"<h1>mfd-fast bench</h1><p>{escape(first['device'])}, {first['threads']} threads, torch "
-        f"{escape(first['torch'])}, commit {escape(first['commit'])}, {escape(first['date'])}</p>",
-        f"<p>{escape(summary)}</p><img src='data:image/png;base64,{encoded}'>",
-        *(_table(result) for result in results),
+        f"{name} {median(ratios):.2f}"
+        for name, ours in (("this project's", True), ("others'", False))
+        if (ratios := [row.ratio for row in rows if row.is_ours == ours])
     ]
-    (folder / "report.html").write_text("\n".join(parts))
-    return summary
-
-
-def _table(result: dict) -> str:
-    then = {(row.op, row.case): row.then_us for row in compare(result)}
-    lines = [
-        "<tr><th>case<th>implementation<th>us<th>x eager<th>of copy<th>committed us</tr>",
-    ]
-    for row in result["rows"]:
-        case = f"{row['shape']} {row['dtype']}"
-        old = then.get((result["op"], case)) if row["impl"] == "ours" else None
-        lines.append(
-            f"<tr><td>{escape(case)}<td>{escape(row['impl'])}<td>{row['us']:.1f}"
-            f"<td>{row['speedup']:.2f}<td>{row['copy_fraction']:.0%}"
-            f"<td>{'' if old is None else f'{old:.1f}'}</tr>"
-        )
-    return f"<h2>{escape(result['op'])}</h2><table>{''.join(lines)}</table>"
-
-
-def _draw(results: list[dict], path: Path) -> None:
-    """Speed-up of ours over eager PyTorch, a bar a case."""
-    from mfd_fast.report.pictures import INK, new_figure, write_png
-
-    rows = [
-        (f"{result['op']}, {row['shape']} {row['dtype']}", row["speedup"])
-        for result in results
-        for row in result["rows"]
-        if row["impl"] == "ours"
-    ]
-    figure = new_figure(8.0, 0.22 * len(rows) + 1.2)
-    axis = figure.subplots()
-    names, values = zip(*rows, strict=True)
-    axis.barh(names, values, color="#2b6cb0")
-    axis.axvline(1.0, color=INK, lw=0.8)
-    axis.invert_yaxis()
-    axis.tick_params(labelsize=7)
-    axis.set_title("speed-up over eager PyTorch", fontsize=10, loc="left")
-    figure.tight_layout()
-    write_png(figure, path)
+    return (
+        f"{len(rows)} rows have a committed result; median time now / then: {', '.join(parts)} "
+        "(above 1: slower now)"
+    )

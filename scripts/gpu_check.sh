@@ -1,19 +1,29 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one run of less than nine minutes.
+# Everything that needs an NVIDIA GPU, in runs of less than nine minutes.
 #
 #   scripts/gpu_check.sh OUT       writes OUT/results.json and OUT/log.txt; a table is printed last
+#   python scripts/gpu_results.py unpack OUT/results.json bench/results   # files to commit
 #
-# STAGES       which stages to run (default: build test sanitize bench, in this order).  These take
-#              a run of their own each, after one with "build":
+# STAGES       which stages to run, in this order (default: build test sanitize bench).  "build"
+#              comes first on a fresh machine; these take a run of their own each:
 #                step       whole updates of digits and SANA 1.6B, one switch at a time
+#                time       seconds predicted from what "step" left in bench/results, and measured
+#                memory     bytes predicted and measured
+#                occfm      OccFM's network and decoder against the reference
+#                estimate   a cycle of SANA 1.6B by phase, predicted and measured
+#                profile    digits and SANA 1.6B under the profiler
 #                roofline   the device's copy bandwidth and product rates
 #                baseline   the literal diffusers + PEFT loop against ours; skipped without them
-#                profile    the digits preset under the profiler
-# STEP_MODELS  what "step" measures (default: digits sana-1.6b); STEP_FLAGS is handed to it
-# BENCH        which benchmarks, e.g. "interpolate glu_depthwise" (default: all that exist)
-# BENCH_FLAGS  handed to each, e.g. --no-compile
+# BENCH        which operators, e.g. "interpolate glu_depthwise" (default: all)
+# STEP_MODELS, ESTIMATE_PRESETS, PROFILE_PRESETS  which models
+# BENCH_FLAGS, STEP_FLAGS, TIME_FLAGS, MEMORY_FLAGS, OCCFM_FLAGS, ESTIMATE_FLAGS, PROFILE_FLAGS,
+# ROOFLINE_FLAGS, BASELINE_FLAGS  handed to the module of that stage.  A model whose variants do not
+#              fit in one run takes several, STEP_FLAGS="--only REGEX": unpack joins their rows.
 # TESTS        what pytest is given besides -m gpu (default: tests)
-# PYTHON       a Python with torch >= 2.11, pytest, cmake, ninja, pybind11 (default: python3)
+# PYTHON       a Python with torch >= 2.11, triton, numpy, safetensors, pytest, setuptools, cmake and
+#              ninja (default: python3); with nvidia-ml-py there are joules, with diffusers,
+#              transformers and peft the loops that need them
+# MFD_COMMIT   the commit, for the results, where the files are no git repository
 # SECONDS_MAX  stop starting things after this many seconds (default: 525)
 # DRY_RUN=1    go on without a GPU, to try this script itself
 #
@@ -27,9 +37,10 @@ stages=${STAGES:-build test sanitize bench}
 deadline=$((SECONDS + ${SECONDS_MAX:-525}))
 for stage in $stages; do
   case $stage in
-    build | test | sanitize | bench | step | roofline | baseline | profile) ;;
-    *) echo "gpu_check: unknown stage '$stage'; there are build test sanitize bench step roofline" \
-      "baseline profile" >&2; exit 2 ;;
+    build | test | sanitize | bench | step | time | memory | occfm | estimate | profile) ;;
+    roofline | baseline) ;;
+    *) echo "gpu_check: unknown stage '$stage'; there are build test sanitize bench step time" \
+      "memory occfm estimate profile roofline baseline" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out"
@@ -97,36 +108,61 @@ stage_bench() {
   for file in bench/bench_*.py; do
     name=$(basename "$file" .py)
     case " ${BENCH:-${name#bench_}} " in *" ${name#bench_} "*) ;; *) continue ;; esac
-    grep -q bench.harness "$file" || continue  # whole updates have stages of their own
+    grep -qF 'main(OP, cases)' "$file" || continue  # what is no operator has a stage of its own
     run "$name" 200 "$python" -m "bench.$name" --out "$work/$name.json" ${BENCH_FLAGS:-}
   done
+}
+
+measure() {  # NAME LIMIT MODULE ARGUMENTS...: a benchmark whose result is kept
+  local name=$1 limit=$2 module=$3
+  shift 3
+  run "$name" "$limit" "$python" -m "bench.$module" "$@" --out "$work/result_${name//[-.]/_}.json"
 }
 
 stage_step() {
   local model
   for model in ${STEP_MODELS:-digits sana-1.6b}; do
-    run "step-$model" 480 "$python" -m bench.bench_step --model "$model" \
-      --out "$work/result_step_${model//[-.]/_}.json" ${STEP_FLAGS:-}
+    measure "step-$model" 480 bench_step --model "$model" ${STEP_FLAGS:-}
   done
 }
 
-stage_roofline() {
-  run roofline 120 "$python" -m bench.roofline --out "$work/result_roofline.json" ${STEP_FLAGS:-}
+stage_time() {  # "step" of the same run first: predictions are made from bench/results
+  if [ "${DRY_RUN:-}" != 1 ]; then
+    "$python" scripts/gpu_results.py place "$work" bench/results
+  fi
+  measure predicted_time 480 predicted_time ${TIME_FLAGS:---device cuda}
 }
 
-stage_baseline() {
-  if "$python" -c 'import diffusers, peft' 2> /dev/null; then
-    run baseline 480 "$python" -m bench.bench_sana --size 1.6b --device cuda \
-      --out "$work/result_sana_literal.json"
-  else
-    echo "== baseline: skipped, diffusers and peft are not installed"
-  fi
+stage_memory() { measure predicted_memory 300 predicted_memory ${MEMORY_FLAGS:---device cuda}; }
+
+stage_occfm() {
+  measure occfm_network 300 bench_occfm ${OCCFM_FLAGS:-}
+  measure occfm_decoder 200 bench_occfm_decoder ${OCCFM_FLAGS:-}
+}
+
+stage_estimate() {
+  local preset
+  for preset in ${ESTIMATE_PRESETS:-sana-1.6b}; do
+    measure "estimate-$preset" 300 cycles estimate "$preset" ${ESTIMATE_FLAGS:-}
+  done
 }
 
 stage_profile() {
-  run profile 120 "$python" -c 'import sys
-from mfd_fast.cli import main
-sys.exit(main(["profile", "digits", "--out", sys.argv[1]]))' "$out/profile"
+  local preset
+  for preset in ${PROFILE_PRESETS:-digits sana-1.6b}; do
+    measure "profile-$preset" 300 cycles profile "$preset" ${PROFILE_FLAGS:-} \
+      --trace "$out/profile-$preset.json.gz"
+  done
+}
+
+stage_roofline() { measure roofline 120 roofline ${ROOFLINE_FLAGS:-}; }
+
+stage_baseline() {
+  if "$python" -c 'import diffusers, peft' 2> /dev/null; then
+    measure sana_literal 480 bench_sana ${BASELINE_FLAGS:---size 1.6b --device cuda}
+  else
+    echo "== baseline: skipped, diffusers and peft are not installed"
+  fi
 }
 
 for stage in $stages; do "stage_$stage"; done

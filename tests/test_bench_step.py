@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_step, performance, roofline, sana_mini, suite
-from mfd_fast import cli
+from bench import bench_step, performance, roofline, sana_mini, step_loops, waterfall
 from mfd_fast.backbone import AUX, TEACHER, TEACHER_UNCOND
 
 from numerics import assert_as_accurate
@@ -19,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 def test_one_lane_a_call_gives_what_all_lanes_give():
     torch.manual_seed(0)
-    backbone, cond = bench_step._digits("digits", "lane-packed", "cpu", 1)
+    backbone, cond = step_loops._digits("digits", "lane-packed", "cpu", 64)
     lanes = (TEACHER, TEACHER_UNCOND, AUX)
     x, t = torch.randn(64, 3, 1, 8, 8), torch.rand(64)
     with torch.no_grad():
         packed = backbone.forward(x, t, backbone.prepare(cond), lanes)
-        one_by_one = bench_step.Sequential(backbone)
+        one_by_one = step_loops.Sequential(backbone)
         apart = one_by_one.forward(x, t, one_by_one.prepare(cond), lanes)
         for network in (backbone.teacher, backbone.aux):
             network.double()
@@ -33,44 +32,114 @@ def test_one_lane_a_call_gives_what_all_lanes_give():
     assert_as_accurate(apart, packed, exact)
 
 
-def test_the_mini_sana_is_that_of_the_literal_loop():
+@pytest.mark.parametrize("name", ["tiny", "mini"])
+def test_the_small_sanas_are_those_of_the_literal_loop(name):
     pytest.importorskip("diffusers")
     from bench.sana_sizes import SIZES
 
-    size = SIZES["mini"]
-    theirs = {key: size.transformer[key] for key in sana_mini.CONFIG}
-    assert theirs == sana_mini.CONFIG and size.prompt_tokens == sana_mini.TEXT
-    assert size.side == sana_mini.CONFIG["sample_size"]
+    size, ours = SIZES[name], sana_mini.CONFIGS[name]
+    assert {key: size.transformer[key] for key in ours} == ours
+    assert size.prompt_tokens == sana_mini.TEXT and size.side == ours["sample_size"]
 
 
-def test_rows_of_a_variant():
-    rows = bench_step.measure("digits", "ab2", "cpu", 1)
+RATES = {"tflops": 1.0, "bf16_tflops": 2.0, "fp32_tflops": 1.0, "gb_s": 100.0, "host_us": 1.0}
+ROUNDING = 1e-5  # seconds in a result file have five decimals
+PARTS = {
+    "aux": ["generate", "forward", "backward", "optimizer"],
+    "student": ["generate", "integrate", "backward", "optimizer"],
+}
+
+
+def rows_of(model, variant):
+    return bench_step.measure(model, variant, "cpu", 1, RATES)
+
+
+@pytest.mark.parametrize(
+    ("model", "variant"),
+    [("digits", "block"), ("sana-tiny", "published"), ("sana-tiny", "lane-packed"),
+     ("sana-tiny", "cheap"), ("occfm-tiny", "sequential"), ("occfm-tiny", "batch 2")],
+)  # fmt: skip
+def test_rows_of_a_variant(model, variant):
+    if variant in step_loops.DIFFUSERS and model.startswith("sana"):
+        pytest.importorskip("diffusers")
+        pytest.importorskip("peft")
+    rows = rows_of(model, variant)
+    bench_step.add_rates(rows, RATES, (10, 1))
     assert [row["update"] for row in rows] == ["aux", "student"]
-    assert all(row["cpu_seconds"] > 0 and row["gflop"] > 0 for row in rows)
-    euler = bench_step.measure("digits", "fused", "cpu", 1)
-    assert rows[0]["gflop"] == euler[0]["gflop"]  # the auxiliary's update has no solver
-    assert rows[1]["gflop"] < euler[1]["gflop"]  # twice the step, fewer evaluations
+    for row in rows:
+        parts = [name.split("/")[1] for name in row["phases"]]
+        besides = {"encode", "image"} if variant == "published" else set()
+        assert [name for name in parts if name not in besides] == PARTS[row["update"]]
+        assert besides <= set(parts) or row["update"] == "aux"
+        inside = sum(phase["seconds"] for phase in row["phases"].values())
+        assert 0 < inside < row["seconds"] + ROUNDING
+        at_rates = sum(phase["at_rates"] for phase in row["phases"].values())
+        assert row["at_rates"] + ROUNDING > at_rates > 0
+        assert row["operators"] >= sum(phase["operators"] for phase in row["phases"].values())
+        assert row["tflop_s"] == pytest.approx(1e-3 * row["gflop"] / row["seconds"], abs=1e-4)
+        assert row["joules"] is row["nvml_mb"] is row["launches"] is row["waits"] is None
+    cycle = 10 * rows[0]["seconds"] + rows[1]["seconds"]
+    assert rows[0]["cycles_per_hour"] == pytest.approx(3600 / cycle, abs=0.01)
+
+
+def test_a_second_order_solver_halves_the_integration():
+    euler, ab2 = (rows_of("digits", name) for name in ("lane-packed", "ab2"))
+    assert ab2[0]["gflop"] == euler[0]["gflop"]  # the auxiliary's update has no solver
+    at_rates = [rows[1]["phases"]["student/integrate"]["at_rates"] for rows in (ab2, euler)]
+    assert at_rates[0] == pytest.approx(at_rates[1] / 2, rel=0.02)  # and the loss, once
+
+
+def test_ours_reads_nothing_but_its_own_table_on_the_host():
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    literal, ours = rows_of("sana-tiny", "literal"), rows_of("sana-tiny", "fused")
+    assert all(row["host_reads"] > 10 for row in literal)
+    assert [row["host_reads"] for row in ours] == [0, 2]  # t and r, made by the host
+    assert ours[1]["operators"] < literal[1]["operators"] / 3
 
 
 def test_variants_of_a_device():
-    names = bench_step.variants_of("digits", "cuda")
+    names = step_loops.variants_of("digits", "cuda")
     assert names[0] == "sequential" and "captured" in names and "batch 8" in names
-    assert not {"captured", "batch 8"} & set(bench_step.variants_of("sana-mini", "cpu"))
+    assert not {"captured", "batch 8", "fp8"} & set(step_loops.variants_of("sana-mini", "cpu"))
+    assert "literal" not in step_loops.variants_of("occfm", "cuda")
+
+
+def test_on_a_gpu_what_follows_captured_is_captured():
+    assert step_loops._captured_variants("cpu") == set()
+    captured = step_loops._captured_variants("cuda")
+    assert {"captured", "block", "batch 8", "ab2", "fp8"} <= captured
+    assert not {"fused", "literal", "sequential"} & captured
 
 
 def test_without_diffusers_its_variants_are_skipped_by_name(monkeypatch, capsys):
-    monkeypatch.setattr(bench_step, "find_spec", lambda name: None)
-    assert bench_step.variants_of("sana-1.6b", "cuda")[0] == "prepared"
-    assert (
-        "skipped: literal, sequential, lane-packed (diffusers and peft" in capsys.readouterr().out
-    )
+    monkeypatch.setattr(step_loops, "find_spec", lambda name: None)
+    assert step_loops.variants_of("sana-1.6b", "cuda")[0] == "prepared"
+    assert "skipped: published, literal, literal compiled, sequential" in capsys.readouterr().out
+
+
+def test_a_variant_that_fails_is_named_and_the_others_stay(tmp_path, monkeypatch, capsys):
+    def elsewhere(model, variant, *_):
+        return [] if variant == "lane-packed" else rows_of(model, variant)
+
+    monkeypatch.setattr(bench_step, "measure_elsewhere", elsewhere)
+    out = tmp_path / "step.json"
+    argv = ["bench_step", "--model", "digits", "--only", "seq|lane", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", argv)
+    assert bench_step.main() == 1
+    assert "failed, see above: lane-packed" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert {row["variant"] for row in result["rows"]} == {"sequential"}
+    assert result["config"]["rates"]["tflops"] > 0 and result["config"]["cycle"] == [5, 1]
 
 
 def test_what_runs_on_a_gpu_machine_needs_no_further_package():
     banned = ["diffusers", "peft", "transformers", "matplotlib", "sklearn", "scipy", "PIL", "tyro"]
     code = (
         "import sys; import torch; before = set(sys.modules); import bench.roofline; "
-        "from bench.bench_step import *; make_updates('sana-mini', 'fused', 'cpu'); "
+        "from bench.bench_step import *; from bench.step_loops import *; "
+        "[make_updates(model, 'lane-packed' if model == 'digits' else 'fused', 'cpu') "
+        "for model in ('digits', 'sana-tiny', 'occfm-tiny')]; "
         f"print([m for m in {banned} if m in set(sys.modules) - before])"
     )
     run = [sys.executable, "-c", code]
@@ -85,11 +154,19 @@ def test_the_page_is_what_the_results_say():
 
 
 def test_the_waterfall_of_the_small_sana_is_committed():
-    rows = json.loads((performance.RESULTS / "step_sana_mini_cpu.json").read_text())["rows"]
-    assert rows[0]["variant"] == "literal"
-    assert {"sequential", "lane-packed", "prepared", "fused", "block"} <= {
-        row["variant"] for row in rows
-    }
+    result = json.loads((performance.RESULTS / "step_sana_mini_cpu.json").read_text())
+    by_variant = waterfall.variants(result)
+    assert list(by_variant) == step_loops.variants_of("sana-mini", "cpu")
+    assert waterfall.reference(by_variant) is by_variant["literal"]
+    assert all(set(roles) == {"aux", "student"} for roles in by_variant.values())
+
+
+def test_the_parts_of_an_update_are_all_of_it():
+    result = json.loads((performance.RESULTS / "step_digits_cpu.json").read_text())
+    for row in result["rows"]:
+        parts = waterfall.parts(row)
+        assert sum(parts.values()) >= 0.999 * row["seconds_per_sample"]
+        assert set(parts) <= set(waterfall.COLOURS)
 
 
 def test_a_roofline_picture(tmp_path):
@@ -103,44 +180,3 @@ def test_a_roofline_picture(tmp_path):
     assert list(roofline.operators("no such device", 1)) == []
     roofline.draw(rows, points, "test", tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_suite_compares_with_the_committed_results(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = ROOT / "bench/results/mfd_loss_cpu.json"
-    result = json.loads(path.read_text())
-    for row in result["rows"]:
-        row["us"] *= 3 if row["impl"] == "ours" else 1
-    slower = tmp_path / "mfd_loss.json"
-    slower.write_text(json.dumps(result))
-    assert {round(row.ratio, 6) for row in suite.compare(result)} == {3.0}
-    assert "median now / then 3.00" in suite.report([slower], tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "mfd_loss" in page and "data:image/png;base64," in page
-    result["threads"] += 1
-    assert suite.compare(result) == []
-
-
-def test_bench_from_the_command_line(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    out = str(tmp_path / "bench")
-    assert cli.main(["bench", "--out", out, "--only", "^interpolate$", "--smoke"]) == 0
-    assert {path.name for path in Path(out).iterdir()} == {
-        "interpolate.json", "report.html", "comparison.png",
-    }  # fmt: skip
-    assert cli.main(["bench", "--out", out]) == 2
-    assert "holds a report already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--only", "nothing"], "--only 'nothing' finds no benchmark; there is"),
-        (["--only", "("], "--only must be a regular expression"),
-        (["--olny", "x"], "unknown option '--olny'"),
-    ],
-)
-def test_a_wrong_bench_is_one_sentence(argv, message, tmp_path, capsys):
-    assert cli.main(["bench", "--out", str(tmp_path / "out"), *argv]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.strip().splitlines()) == 1

@@ -1,0 +1,121 @@
+"""A few cycles of a preset on this machine: predicted beside measured, or under the profiler.
+
+    python -m bench.cycles estimate sana-1.6b --out bench/results/estimate_sana_1_6b_h100.json
+    python -m bench.cycles profile digits --trace trace.json.gz --out profile_digits.json
+
+What ``mfd-fast estimate PRESET --gpu this-machine`` and ``mfd-fast profile PRESET`` do, without a
+checkpoint and without what reads the command line and draws: a SANA has its published sizes and
+random weights, digits their packaged teacher.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.record import header, write
+from mfd_fast.comparison import make_distiller
+from mfd_fast.config import RunConfig
+from mfd_fast.cost import estimate, this_machine
+from mfd_fast.cost.measured import efficiency_here, measured_phases
+from mfd_fast.cost.table import side_by_side, text
+from mfd_fast.distiller import Distiller
+from mfd_fast.presets import SanaRun, preset
+from mfd_fast.profiling.profile import profile_cycles, summary
+from mfd_fast.tasks import make_task
+from mfd_fast.tasks.meta import meta_model, sana_model
+
+PRESETS = ("digits", "sana-tiny", "sana-600m", "sana-1.6b")
+SLOWEST = 20  # operators in the result
+
+
+def ready(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:
+    """The preset's distiller on ``config.train.device``, and the condition of update number n."""
+    torch.manual_seed(0)
+    if isinstance(config, SanaRun):
+        model = sana_model(config, config.train.device)
+        cond = model.cond(config.train.batch_size)
+        return make_distiller(model.backbone, config.distill), lambda n: cond
+    task = make_task(config)
+    return make_distiller(task.backbone(), config.distill), task.conditions()
+
+
+def estimated(config: RunConfig, cycles: int) -> tuple[list[dict], dict[str, str]]:
+    """A row for every phase and one for the cycle, and where the prediction comes from."""
+    device, efficiency = efficiency_here(this_machine(config.train.device), config.preset)
+    run = estimate(meta_model, config, device, efficiency)
+    taken = measured_phases(*ready(config), cycles=cycles)
+    print(text(run), side_by_side(run, taken), sep="\n\n")
+    pairs = {name: (run.seconds.get(name, 0.0), seconds) for name, seconds in taken.items()}
+    pairs["cycle"] = (run.cycle_seconds, sum(taken.values()))
+    rows = [
+        {
+            "phase": name,
+            "predicted_ms": round(1e3 * predicted, 4),
+            "measured_ms": round(1e3 * seconds, 4),
+            "ratio": round(predicted / seconds, 4),
+        }
+        for name, (predicted, seconds) in pairs.items()
+    ]
+    return rows, {"rates": device.source, "efficiency": efficiency.source}
+
+
+def profiled(
+    config: RunConfig, cycles: int, trace: Path | None
+) -> tuple[list[dict], dict[str, Any]]:
+    """A row for every phase and family of operators, and what is of the whole cycle."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = trace or Path(folder) / "trace.json"
+        result = profile_cycles(*ready(config), path, cycles=cycles)
+    print(summary(result))
+    rows = [
+        {"phase": name, "ms": round(1e3 * seconds, 4), "families_ms": _ms(result.families[name])}
+        for name, seconds in result.phases.items()
+    ]
+    slowest = {
+        name: {"calls": calls, "ms": round(1e3 * seconds, 4)}
+        for name, (calls, seconds) in list(result.operators.items())[:SLOWEST]
+    }
+    return rows, {
+        "waits": result.waits,
+        "gaps": len(result.gaps),
+        "gaps_ms": round(1e3 * sum(result.gaps), 4),
+        "memory_mb": round(max(size for _, size in result.memory) / 1e6, 1),
+        "slowest": slowest,
+    }
+
+
+def _ms(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(1e3 * value, 4) for name, value in seconds.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("estimate", "profile"))
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cycles", type=int, default=3, help="timed cycles, after one that is not")
+    parser.add_argument("--trace", type=Path, help="the profiler's own file, .json or .json.gz")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    args = parser.parse_args()
+    config = preset(args.preset)
+    config = replace(config, train=replace(config.train, device=args.device))
+    settings = {"preset": args.preset, "batch": config.train.batch_size, "cycles": args.cycles}
+    if args.what == "estimate":
+        rows, more = estimated(config, args.cycles)
+    else:
+        rows, more = profiled(config, args.cycles, args.trace)
+    if args.out:
+        write(args.out, header(args.what, args.device, settings | more), rows)
+    else:
+        print(*map(json.dumps, rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

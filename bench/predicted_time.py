@@ -1,0 +1,171 @@
+"""The seconds that updates are predicted to take, beside what they took, at shapes of their own.
+
+    python -m bench.predicted_time --out bench/results/predicted_time_cpu.json
+
+Predictions come from ``bench/results/step_*.json`` of this device (``mfd_fast.cost.measured``); no
+case was measured for them: other batches, image sizes, intervals and activation policies.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench import sana_mini
+from bench.record import header, write
+from bench.step_loops import SANA_SIZES, STEP, working_dtype
+from mfd_fast.captured import CapturedDistiller
+from mfd_fast.config import DistillConfig
+from mfd_fast.cost import MetaModel, this_machine, trace_cycle
+from mfd_fast.cost.estimate import cycle_seconds
+from mfd_fast.cost.measured import calibrated
+from mfd_fast.distiller import Distiller
+from mfd_fast.presets import preset
+from mfd_fast.tasks.digits import DigitsTask
+
+WARMUP = {"cpu": 1, "cuda": 5}  # updates of a role; graphs are captured in them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape that no calibration has: ``model`` is the preset whose result is used."""
+
+    model: str
+    batch: int
+    interval: float
+    side: int = 0
+    activation: str = "none"
+    student_steps: int = 1
+
+    @property
+    def name(self) -> str:
+        """What differs from the calibration."""
+        parts = [f"{self.model}, batch {self.batch}", f"{round(self.interval / STEP)} ODE steps"]
+        parts += [f"{self.side}x{self.side} latents"] if self.side else []
+        parts += [self.activation] if self.activation != "none" else []
+        return ", ".join(parts)
+
+    @property
+    def config(self) -> DistillConfig:
+        """One update of each role, every interval as long."""
+        return DistillConfig(
+            aux_updates=1,
+            step_size=STEP,
+            student_steps=self.student_steps,
+            min_interval=self.interval - STEP / 2,  # as many steps
+            max_interval=self.interval,
+        )
+
+
+CASES = {
+    "cpu": (
+        Case("digits", batch=32, interval=0.4),
+        Case("digits", batch=512, interval=0.1),
+        Case("sana-mini", batch=1, interval=0.1, side=24, student_steps=2),
+        Case("sana-mini", batch=3, interval=0.06, student_steps=4),
+        Case("sana-mini", batch=1, interval=0.2, activation="block", student_steps=4),
+    ),
+    "cuda": (
+        Case("digits", batch=96, interval=0.4),
+        Case("sana-1.6b", batch=3, interval=0.1, side=32, student_steps=4),
+        Case("sana-1.6b", batch=1, interval=0.3, side=64, student_steps=2),
+        Case("sana-1.6b", batch=4, interval=0.2, side=16, activation="block", student_steps=4),
+    ),
+}
+
+
+def make_model(case: Case, device: str) -> MetaModel:
+    """The networks of a case on a device or on ``meta``."""
+    if case.model == "digits":
+        task = DigitsTask(preset("digits"))
+        task.teacher.to(device)
+        return MetaModel(task.backbone(), lambda n: torch.zeros(n, dtype=int, device=device))
+    dtype = working_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    size = SANA_SIZES[case.model]
+    return sana_mini.make_model(size, device, dtype, activation=case.activation, side=case.side)
+
+
+def measured(case: Case, device: str, repeats: int) -> dict[str, float]:
+    """Seconds of an update of each role, as the calibration ran: as graphs on a GPU."""
+    model = make_model(case, device)
+    kind = Distiller if device == "cpu" else CapturedDistiller
+    distiller, cond = kind(model.backbone, case.config), model.cond(case.batch)
+    updates = {"aux": distiller.aux_step, "student": distiller.student_step}
+    return {role: _seconds(update, cond, device, repeats) for role, update in updates.items()}
+
+
+def _seconds(update: Callable, cond: object, device: str, repeats: int) -> float:
+    samples = []
+    for _ in range(WARMUP[device] + repeats):
+        start = time.perf_counter()
+        update(cond)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        samples.append(time.perf_counter() - start)
+    return median(samples[WARMUP[device] :])
+
+
+def predicted(case: Case, device: str) -> tuple[dict[str, float], str]:
+    """Seconds of an update of each role and their source; ``ValueError`` without a calibration."""
+    known = calibrated(this_machine(device), case.model, is_captured=device == "cuda")
+    if known is None:
+        raise ValueError(
+            f"no measured updates of {case.model} on this device; first: python -m "
+            f"bench.bench_step --model {case.model} --out bench/results/step_NAME.json"
+        )
+    cycle = trace_cycle(make_model(case, "meta"), case.config, case.batch)
+    seconds = cycle_seconds(cycle, *known)
+    roles = {
+        role: sum(value for name, value in seconds.items() if name.startswith(role))
+        for role in ("aux", "student")
+    }
+    return roles, known[1].source
+
+
+def rows_of(case: Case, device: str, repeats: int) -> list[dict]:
+    """Both roles of a case."""
+    expected, source = predicted(case, device)
+    taken = measured(case, device, repeats)
+    return [
+        {
+            "case": case.name,
+            "update": role,
+            "predicted_s": round(expected[role], 5),
+            "measured_s": round(taken[role], 5),
+            "ratio": round(expected[role] / taken[role], 3),
+            "source": source,
+        }
+        for role in taken
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="a regex: only cases that it finds")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    head = header("predicted_time", args.device, {"repeats": args.repeats})
+    rows = []
+    for case in CASES[args.device]:
+        if not re.search(args.only, case.name):
+            continue
+        try:
+            rows += rows_of(case, args.device, args.repeats)
+        except ValueError as error:
+            parser.error(str(error))
+        print(*map(json.dumps, rows[-2:]), sep="\n", flush=True)
+        if args.out:
+            write(args.out, head, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
