@@ -77,7 +77,7 @@ def times_table(result: dict) -> str:
         taken = parts(roles["student"])
         cells += [f"{1e3 * taken[name]:.4g}" if name in taken else "" for name in names]
         samples = roles["student"]["cycles_per_hour"] * roles["student"]["batch"]
-        rows.append([*cells, f"{samples:.4g}"])
+        rows.append([*cells, f"{samples:,.0f}"])
     head = ["variant", "batch", "aux ms (p10-p90)", "ratio", "student ms (p10-p90)", "ratio"]
     return markdown([*head, *names, "cycles/h x batch"], rows)
 
