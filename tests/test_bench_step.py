@@ -180,3 +180,26 @@ def test_a_roofline_picture(tmp_path):
     assert list(roofline.operators("no such device", 1)) == []
     roofline.draw(rows, points, "test", tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_counts_operators_as_the_result_does():
+    result = json.loads((performance.RESULTS / "published_cost.json").read_text())
+    once = {row["part"]: row["operators_once"] for row in result["rows"]}
+    literal = once["teacher, guided"] + once["auxiliary, no gradient"]
+    ours = result["config"]["operators_of_an_ode_step_of_ours"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{ours} operators an ODE step for three lanes against {literal:,}" in text
+
+
+def test_the_published_cycle_has_the_methods_evaluations():
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from bench import published_cost
+
+    result = json.loads((performance.RESULTS / "published_cost.json").read_text())
+    times = {row["part"]: row["times"] for row in result["rows"]}
+    expected = round(published_cost.evaluations(), 2)
+    assert times["teacher, guided"] == times["auxiliary, no gradient"] == expected
+    assert times["student, no gradient"] == 10 * 4 and times["encode a prompt"] == 11
+    sana = {row["part"]: row["tflop"] / row["times"] for row in result["rows"]}
+    assert abs(sana["teacher, guided"] / (2 * 2.97) - 1) < 0.01  # two lanes of 2.97 TFLOP

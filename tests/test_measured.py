@@ -126,6 +126,8 @@ def test_captured_runs_are_predicted_from_captured_updates(results):
     for is_captured, source in ((False, "fused, batch 1"), (True, "captured, batch 1, 2")):
         _, efficiency = calibrated(device, "sana-1.6b", is_captured=is_captured)
         assert efficiency.source == f"bench/results/{name}, {source}"
+    results("NVIDIA L4", "digits", [row("captured"), row("batch 2", batch=2)])  # bench_step --only
+    assert calibrated(device_named("l4"), "digits") is None
     eager_only = [row("lane-packed"), row("batch 4", batch=4)]
     results("NVIDIA H100 80GB HBM3", "digits", eager_only)
     assert calibrated(device, "digits", is_captured=True) is None

@@ -106,8 +106,10 @@ def _engine(result: dict[str, Any], is_captured: bool) -> set[str]:
     batches = {name for name in names if name.startswith("batch ")}
     if is_captured:
         return {"captured"} | batches if "captured" in names else set()
-    engine = {next(name for name in ENGINE if name in names)}
-    return engine if "captured" in names else engine | batches
+    engine = {name for name in ENGINE if name in names}
+    if len(engine) > 1:
+        engine = {ENGINE[0]}
+    return engine if "captured" in names or not engine else engine | batches
 
 
 def _fits(rows: list[dict[str, Any]]) -> dict[str, Fit]:
@@ -116,7 +118,7 @@ def _fits(rows: list[dict[str, Any]]) -> dict[str, Fit]:
     for row in rows:
         points[row["update"]].append((row["at_rates"], row["operators"], row["seconds"]))
         for name, phase in row["phases"].items():
-            if "at_rates" in phase:
+            if phase.get("at_rates"):
                 points[name].append((phase["at_rates"], phase["operators"], phase["seconds"]))
     return {name: fit(known) for name, known in points.items()}
 
