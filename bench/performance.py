@@ -222,8 +222,9 @@ def published_section(estimates: list[dict]) -> str:
         f"{integration:.1f} s of the estimate's, {slower:.1f} times as much. If every part were "
         f"that much slower than estimated, the cycle would take {slower * seconds:.0f} s; the "
         f"other {mfd - slower * seconds:.0f} s are in no part that is known here, and the same for "
-        "both methods. So the assumed shares are too kind to an eager loop by about that factor, "
-        "and most of the paper's time is not the method's. Neither was measured on a GPU."
+        "both methods. That reading would mean that the assumed shares are too kind to an eager "
+        "loop by about that factor, and that most of the paper's time is not the method's. Neither "
+        "was measured on a GPU."
     )
     head = ["part of the published cycle", "times", "TFLOP", "operators", "s"]
     caption = (

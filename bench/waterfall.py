@@ -75,7 +75,7 @@ def times_table(result: dict) -> str:
             seconds = roles[role]["seconds_per_sample"]
             cells += [_spread(roles[role]), f"{first[role]['seconds_per_sample'] / seconds:.2f}x"]
         taken = parts(roles["student"])
-        cells += [f"{1e3 * taken[name]:.4g}" if name in taken else "" for name in names]
+        cells += [_short(1e3 * taken[name]) if name in taken else "" for name in names]
         samples = roles["student"]["cycles_per_hour"] * roles["student"]["batch"]
         rows.append([*cells, f"{samples:,.0f}"])
     head = ["variant", "batch", "aux ms (p10-p90)", "ratio", "student ms (p10-p90)", "ratio"]
@@ -84,8 +84,12 @@ def times_table(result: dict) -> str:
 
 def _spread(row: dict) -> str:
     scale = 1e3 / row["batch"]
-    low, high = (scale * row[key] for key in ("seconds_p10", "seconds_p90"))
-    return f"{1e3 * row['seconds_per_sample']:.4g} ({low:.4g}-{high:.4g})"
+    low, high = (_short(scale * row[key]) for key in ("seconds_p10", "seconds_p90"))
+    return f"{_short(1e3 * row['seconds_per_sample'])} ({low}-{high})"
+
+
+def _short(number: float) -> str:
+    return f"{number:.4g}" if number < 1000 else f"{number:,.0f}"
 
 
 def details_table(result: dict) -> str:
@@ -127,7 +131,7 @@ def draw(path: Path, picture: Path) -> None:
         longest = max(reached.values())
         for name, value in reached.items():
             axis.text(
-                value + 0.01 * longest, name, f"{value:.4g}", va="center", fontsize=8, color=INK
+                value + 0.01 * longest, name, _short(value), va="center", fontsize=8, color=INK
             )
         axis.invert_yaxis()
         axis.set_xlim(0, 1.16 * longest)
