@@ -196,7 +196,8 @@ def bare(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bare")
     allowed = modules_of(ALLOWED)
     (folder / "sitecustomize.py").write_text(BARE.replace("{allowed}", repr(allowed)))
-    return {"PYTHONPATH": str(folder)}
+    # Entry points of plugins that are installed here are found all the same.
+    return {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def python(bare: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:

@@ -228,8 +228,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to the same."""
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
-        # Each [B, heads, H W, C / heads]; fused attention wants the numbers of a head side by side.
-        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H W, C / heads]
         mixed = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(mixed.transpose(-1, -2).flatten(1, 2).unflatten(2, x.shape[2:]))
 
