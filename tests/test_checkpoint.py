@@ -66,21 +66,21 @@ def test_a_copy_is_taken_when_save_returns(tmp_path):
 
 
 def test_one_checkpoint_is_written_at_a_time_and_training_goes_on(tmp_path, monkeypatch):
-    gate, writing = threading.Event(), []
-    commit = checkpointer.commit
+    first, second = gates = threading.Event(), threading.Event()
+    commit, writes = checkpointer.commit, iter(gates)
 
     def slow(*args):
-        writing.append(threading.active_count())
-        assert gate.wait(30)
+        assert next(writes).wait(30)
         commit(*args)
 
     monkeypatch.setattr(checkpointer, "commit", slow)
     saver = make_checkpointer(tmp_path, TrainConfig())
     saver.save(Counts(1, 1), TREE)  # returns although nothing can be finished yet
     assert checkpoints_in(tmp_path) == []
-    threading.Timer(0.2, gate.set).start()
+    threading.Timer(0.2, first.set).start()
     saver.save(Counts(2, 2), TREE)  # waits for the one before
     assert [path.name for path in checkpoints_in(tmp_path)] == [str(Counts(1, 1))]
+    second.set()
     saver.wait()
     assert [path.name for path in checkpoints_in(tmp_path)] == [str(Counts(n, n)) for n in (1, 2)]
 
