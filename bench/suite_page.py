@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 
 from bench.suite import COLUMNS, Comparison, case_of, columns_of, compare, summary, time_of
+from bench.waterfall import ROLES, reference, variants
 
-ROLES = ("aux", "student")
 STYLE = (
     "body{font:15px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
     "td:first-child{text-align:left}"
@@ -81,11 +81,9 @@ def _against(old: Comparison | None) -> dict[str, str]:
 
 
 def _waterfall(result: dict, then: dict[tuple, Comparison]) -> Table:
-    """Both roles of every variant on a line: milliseconds a sample, against the first variant."""
-    by_variant: dict[str, dict[str, dict]] = {}
-    for row in result["rows"]:
-        by_variant.setdefault(row["variant"], {})[row["update"]] = row
-    first = next(iter(by_variant.values()))
+    """Both roles of every variant on a line: milliseconds a sample, against the literal loop."""
+    by_variant = variants(result)
+    first = reference(by_variant)
     rows = []
     for variant, roles in by_variant.items():
         cells = [variant, str(roles["student"]["batch"])]

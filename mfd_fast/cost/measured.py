@@ -35,11 +35,7 @@ def measured_phases(distiller: Distiller, next_cond: Any, *, cycles: int = 3) ->
         if number == updates:
             distiller.phase = timer.phase
         distiller.step(next_cond(number))
-    return {
-        name: sum(seconds) / cycles
-        for name, seconds in timer.seconds().items()
-        if " > " not in name  # a phase inside another is part of it
-    }
+    return timer.per_cycle(cycles)
 
 
 def calibrated(

@@ -70,7 +70,7 @@ def profile_cycles(
         distiller.phase = timer.phase
         for _ in range(cycles):
             run.cycle()
-        phases = _per_cycle(timer, cycles)
+        phases = timer.per_cycle(cycles)
         timer = PhaseTimer(device)
         distiller.phase = timer.phase
         with profile(activities=_activities(device)) as profiler:
@@ -107,14 +107,6 @@ class _Runner:
 def _activities(device: torch.device) -> list[ProfilerActivity]:
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     return [ProfilerActivity.CPU, *cuda]
-
-
-def _per_cycle(timer: PhaseTimer, cycles: int) -> dict[str, float]:
-    return {
-        name: sum(seconds) / cycles
-        for name, seconds in timer.seconds().items()
-        if " > " not in name  # a phase inside another is part of it
-    }
 
 
 def _memory_timeline(run: _Runner) -> list[tuple[str, int]]:
