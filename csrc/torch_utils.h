@@ -61,6 +61,11 @@ inline void check_dtype(const char* op, const Tensor& t, const char* name, Scala
             torch::headeronly::toString(t.scalar_type()));
 }
 
+// The type that x is computed in, and of what it is multiplied with per sample.
+inline ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Calls f with a value of the element type of `t`: float, double, bfloat16 or float16 on the CPU.
 template <typename F>
 void dispatch_cpu(const char* op, const Tensor& t, const F& f) {
@@ -82,7 +87,7 @@ void dispatch_cpu(const char* op, const Tensor& t, const F& f) {
 #ifdef MFD_WITH_CUDA
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -37,7 +37,7 @@ def integrate(
     Args:
         velocity: (lanes ``[n, L, *S]`` in ``dtype``, t ``[n]``) -> velocities ``[n, L, *S]``; n <=
             B is the prefix of samples still moving (n = B always if ``compact`` is False).
-        x: states ``[B, S, *S]`` float32, in the order of the table; not modified.
+        x: states ``[B, S, *S]`` float32 or float64, in the order of the table; not modified.
         guidance: guidance scale of trajectory 0 when ``num_lanes`` is S + 1.
         num_lanes: L; S if None.
         dtype: the model's dtype; that of x if None.
@@ -128,8 +128,9 @@ def mean_velocity(
         velocity: (x ``[B, *S]``, t ``[B]``) -> ``[B, *S]``; with ``cond`` it is called as
             velocity(x, t, cond).
         x: states at time t, ``[B, *S]`` float32 or float64.
-        t, r: ``[B]`` float32, 0 <= r <= t <= 1; keep them on the CPU to avoid waiting for the
-            device.
+        t, r: ``[B]`` float32 or float64, 0 <= r <= t <= 1; keep them on the CPU to avoid waiting
+            for the device.  Times and coefficients are float64 where x is, and ``velocity`` sees
+            them so.
         step_size: sample i takes N_i = ceil((t_i - r_i) / step_size) steps; t_i == r_i gives
             velocity(x, t).
         solver: ``"euler"`` (the paper), ``"heun"``, ``"ab2"`` or ``"dpmpp_2m"``.
@@ -147,7 +148,8 @@ def mean_velocity(
             f"mean_velocity: t and r must be [B] for x [B, ...] = {list(x.shape)}; "
             f"got {list(t.shape)} and {list(r.shape)}"
         )
-    table = plan(t.to("cpu"), r.to("cpu"), step_size=step_size, solver=solver, grid=grid)
+    t, r = (reference.wide_rows(time.to("cpu"), x) for time in (t, r))
+    table = plan(t, r, step_size=step_size, solver=solver, grid=grid)
     compact = cond is not None
     if not compact:
         table = _unsorted(table)
@@ -217,7 +219,7 @@ def generate(
 
     Args:
         student_velocity: (x ``[B, *S]``, t ``[B]``) -> ``[B, *S]``.
-        noise: standard normal, ``[B, *S]`` float32.
+        noise: standard normal, ``[B, *S]`` float32 or float64.
         schedule: the times to visit (``flow.shifted_schedule``, ``flow.dpm_flow_schedule``); equal
             steps if None.
 
@@ -228,7 +230,8 @@ def generate(
     schedule = uniform_schedule(steps) if schedule is None else schedule
     if len(schedule.times) != steps:
         raise ValueError(f"steps={steps}, but the schedule has {len(schedule.times)} steps")
-    table = _scheduled_on(noise.device, schedule, noise.shape[0], solver)
+    dtype = torch.promote_types(noise.dtype, torch.float32)
+    table = _scheduled_on(noise.device, schedule, noise.shape[0], solver, dtype)
 
     def lane_velocity(x_in, time):
         return _checked(student_velocity(x_in[:, 0], time), x_in[:, 0])[:, None]
@@ -237,6 +240,6 @@ def generate(
 
 
 @lru_cache(maxsize=64)
-def _scheduled_on(device, schedule: Schedule, batch: int, solver: str) -> SolverTable:
+def _scheduled_on(device, schedule: Schedule, batch: int, solver: str, dtype) -> SolverTable:
     """A few-step sampler uses one table for a whole run: made and moved once."""
-    return scheduled(schedule, batch, solver=solver).to(device)
+    return scheduled(schedule, batch, solver=solver, dtype=dtype).to(device)

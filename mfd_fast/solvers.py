@@ -32,12 +32,14 @@ TIME_ULP = 2.0**-23
 class SolverTable:
     """What every evaluation of a batch of trajectories does; samples in descending order of length.
 
-    times: ``[E, B]`` float32, the time shown to the network.
-    coef: ``[E, B, 5]`` float32 rows (a, b, c, p, q); (1, 0, 0, 0, 0) once a sample has arrived.
+    All but ``order`` is float32, or float64 where the times are.
+
+    times: ``[E, B]``, the time shown to the network.
+    coef: ``[E, B, 5]`` rows (a, b, c, p, q); (1, 0, 0, 0, 0) once a sample has arrived.
     active: for each evaluation, how many samples (a prefix) are still moving.
     order: ``[B]`` int64, table row -> sample; None if the samples came in this order already.
-    span: ``[B]`` float32, t - r, and 1 where t == r.
-    start_weight: ``[B]`` float32: u = (start_weight * x_t - end) / span; 0 where t == r, because
+    span: ``[B]``, t - r, and 1 where t == r.
+    start_weight: ``[B]``: u = (start_weight * x_t - end) / span; 0 where t == r, because
         such a row returns end = -velocity(x, t) exactly.
     has_history: whether c is ever non-zero.
     """
@@ -158,7 +160,8 @@ def plan(
     """The table that integrates each sample from t down to r in N = ceil((t - r)/step_size) steps.
 
     Args:
-        t, r: interval ends, ``[B]`` float32 on the CPU, 0 <= r <= t <= 1.
+        t, r: interval ends, ``[B]`` float32 or float64 on the CPU, 0 <= r <= t <= 1; the table has
+            their dtype.
         step_size: largest step h, > 0.
         grid: round t, r and the end of every step to multiples of 1/grid (the official SANA code:
             1000).
@@ -168,6 +171,7 @@ def plan(
     """
     check_solver(solver)
     _check_interval(t, r, step_size)
+    dtype = torch.promote_types(torch.promote_types(t.dtype, r.dtype), torch.float32)
     if grid is not None:
         t, r = (torch.round(time.double() * grid) / grid for time in (t, r))
     steps = num_steps(t, r, step_size=step_size, grid=grid)
@@ -187,12 +191,12 @@ def plan(
     coef[arrived] = (1.0, 0.0, 0.0, 0.0, 0.0)
 
     return SolverTable(
-        times=torch.from_numpy(times).float(),
-        coef=torch.from_numpy(coef).float(),
+        times=torch.from_numpy(times).to(dtype),
+        coef=torch.from_numpy(coef).to(dtype),
         active=tuple(int(n) for n in (~arrived).sum(axis=1)),
         order=None if is_sorted else torch.from_numpy(order),
-        span=torch.from_numpy(np.where(is_equal, 1.0, t64 - r64)).float(),
-        start_weight=torch.from_numpy(1.0 - is_equal).float(),
+        span=torch.from_numpy(np.where(is_equal, 1.0, t64 - r64)).to(dtype),
+        start_weight=torch.from_numpy(1.0 - is_equal).to(dtype),
         has_history=bool((coef[..., 2] != 0).any()),
     )
 
@@ -227,7 +231,9 @@ def _check_interval(t: Tensor, r: Tensor, step_size: float) -> None:
         )
 
 
-def scheduled(schedule: Schedule, batch: int, *, solver: str = "euler") -> SolverTable:
+def scheduled(
+    schedule: Schedule, batch: int, *, solver: str = "euler", dtype: torch.dtype = torch.float32
+) -> SolverTable:
     """The table of one fixed schedule for a whole batch (few-step samplers)."""
     check_solver(solver)
     nodes, network = (np.asarray(s, dtype=np.float64) for s in (schedule.nodes, schedule.times))
@@ -240,8 +246,8 @@ def scheduled(schedule: Schedule, batch: int, *, solver: str = "euler") -> Solve
     if EVALUATIONS_PER_STEP[solver] == 1:
         times = network[:, None]
     has_history = bool((coef[..., 2] != 0).any())
-    times, coef = (torch.from_numpy(np.ascontiguousarray(a)).float() for a in (times, coef))
-    ones = torch.ones(batch)
+    times, coef = (torch.from_numpy(np.ascontiguousarray(a)).to(dtype) for a in (times, coef))
+    ones = torch.ones(batch, dtype=dtype)
     return SolverTable(
         times=times.expand(-1, batch).contiguous(),
         coef=coef.expand(-1, batch, -1).contiguous(),

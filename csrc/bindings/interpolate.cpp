@@ -17,7 +17,7 @@ void check(const Tensor& x0, const Tensor& noise, const Tensor& t) {
   check_contiguous(op, t, "t");
   check_same_shape(op, noise, "noise", x0, "x0");
   check_dtype(op, noise, "noise", x0.scalar_type());
-  check_dtype(op, t, "t", ScalarType::Float);
+  check_dtype(op, t, "t", wide_type(x0));
 }
 
 std::tuple<Tensor, Tensor> make_outputs(const Tensor& x0, bool with_target) {
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> interpolate(const Tensor& x0, const Tensor& noise, co
     const InterpolateParams<T> params{
         .x0 = data_ptr<T>(x0),
         .noise = data_ptr<T>(noise),
-        .t = data_ptr<float>(t),
+        .t = data_ptr<accumulate_t<T>>(t),
         .x_t = data_ptr<T>(x_t),
         .target = with_target ? data_ptr<T>(target) : nullptr,
         .n = x0.numel() / x0.size(0),

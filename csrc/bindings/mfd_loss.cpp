@@ -25,9 +25,9 @@ void check(const Tensor& x, const Tensor& end_teacher, const Tensor& end_aux, co
   check_same_shape(op, end_aux, "end_aux", x, "x");
   check_dtype(op, end_teacher, "end_teacher", x.scalar_type());
   check_dtype(op, end_aux, "end_aux", x.scalar_type());
-  check_dtype(op, span, "span", ScalarType::Float);
+  check_dtype(op, span, "span", wide_type(x));
   check_contiguous(op, span, "span");
-  if (weight) check_dtype(op, *weight, "weight", ScalarType::Float);
+  if (weight) check_dtype(op, *weight, "weight", wide_type(x));
   if (weight) check_contiguous(op, *weight, "weight");
 }
 
@@ -61,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> mfd_loss(const Tensor& x, const Tensor& end_t
                                             const Tensor& end_aux, const Tensor& span,
                                             const std::optional<Tensor>& weight) {
   check(x, end_teacher, end_aux, span, weight);
-  const bool is_double = x.scalar_type() == ScalarType::Double;
-  const Outputs out = make_outputs(x, is_double ? ScalarType::Double : ScalarType::Float);
+  const Outputs out = make_outputs(x, wide_type(x));
   if (x.numel() == 0) return zero_sums(out);
 
   const int64_t rows = x.size(0), n = x.numel() / rows;
@@ -74,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> mfd_loss(const Tensor& x, const Tensor& end_t
         .x = data_ptr<T>(x),
         .end_teacher = data_ptr<T>(end_teacher),
         .end_aux = data_ptr<T>(end_aux),
-        .span = data_ptr<float>(span),
-        .weight = optional_ptr<float>(weight),
+        .span = data_ptr<accumulate_t<T>>(span),
+        .weight = optional_ptr<accumulate_t<T>>(weight),
         .grad = data_ptr<T>(out.grad),
         .partial_loss = partials.data(),
         .partial_distance = partials.data() + rows * blocks,

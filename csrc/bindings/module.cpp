@@ -1,5 +1,9 @@
 // The Python module mfd_fast._C.  Importing it registers every operator of csrc/bindings; the
 // module itself only says how it was built (`mfd-fast info` prints it).
+//
+// Torch 2.11 and 2.12 refuse their pybind11 to a file that targets the stable ABI; this file uses
+// nothing of torch, so it targets none.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 #ifndef MFD_BUILD_CUDA_ARCHS

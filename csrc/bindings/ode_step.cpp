@@ -16,7 +16,7 @@ void check(const Tensor& x, const Tensor& v, const std::optional<Tensor>& histor
   check_contiguous(op, x, "x");
   check_contiguous(op, v, "v");
   check_contiguous(op, coef, "coef");
-  check_dtype(op, coef, "coef", ScalarType::Float);
+  check_dtype(op, coef, "coef", wide_type(x));
   if (history) check_contiguous(op, *history, "history");
   if (input) check_contiguous(op, *input, "x_in");
 }
@@ -28,9 +28,9 @@ void run(const Tensor& x, const Tensor& v, const std::optional<Tensor>& history,
       .x = data_ptr<X>(x),
       .v = data_ptr<V>(v),
       .history = optional_ptr<X>(history),
-      .coef = data_ptr<float>(coef),
+      .coef = data_ptr<X>(coef),
       .input = optional_ptr<V>(input),
-      .guidance = static_cast<float>(guidance),
+      .guidance = static_cast<X>(guidance),
       .guided = v.size(1) == x.size(1) + 1,
       .trajectories = x.size(1),
       .lanes = v.size(1),

@@ -12,10 +12,6 @@ namespace {
 constexpr const char* kOp = "short_attention";
 using Bias = std::optional<Tensor>;
 
-ScalarType wide_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Bias& bias) {
   const auto check_heads = [&](const Tensor& x, const char* name) {
     check_same_shape(kOp, x, name, q, "q");

@@ -1,6 +1,6 @@
 #pragma once
-// x_t = (1 - t) x0 + t noise;  target = noise - x0.  [rows, n] arrays, t [rows] float.
-// Traffic: 2 reads and 1 or 2 writes per element.
+// x_t = (1 - t) x0 + t noise;  target = noise - x0.  [rows, n] arrays, t [rows] as wide as sums
+// are. Traffic: 2 reads and 1 or 2 writes per element.
 #include "cpu/scalar.h"
 
 namespace mfd {
@@ -9,7 +9,7 @@ template <typename T>
 struct InterpolateParams {
   const T* x0;
   const T* noise;
-  const float* t;
+  const accumulate_t<T>* t;
   T* x_t;
   T* target;  // null: not wanted
   int64_t n;
@@ -19,7 +19,7 @@ template <typename T>
 void interpolate_cpu(const InterpolateParams<T>& p, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   for_row_segments(begin, end, p.n, [&](int64_t row, int64_t lo, int64_t hi) {
-    const A t = static_cast<A>(p.t[row]);
+    const A t = p.t[row];
     const A keep = A{1} - t;
     const int64_t base = row * p.n;
     if (p.target == nullptr) {

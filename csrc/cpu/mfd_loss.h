@@ -23,11 +23,11 @@ struct MfdLossParams {
   const T* x;
   const T* end_teacher;
   const T* end_aux;
-  const float* span;         // [rows]
-  const float* weight;       // [rows], or null for 1
-  T* grad;                   // [rows, n]
-  double* partial_loss;      // [rows, blocks]: <d, x>
-  double* partial_distance;  // [rows, blocks]: <d, d>
+  const accumulate_t<T>* span;    // [rows]
+  const accumulate_t<T>* weight;  // [rows], or null for 1
+  T* grad;                        // [rows, n]
+  double* partial_loss;           // [rows, blocks]: <d, x>
+  double* partial_distance;       // [rows, blocks]: <d, d>
   int64_t n, blocks, stride_teacher, stride_aux;
   double inverse_numel;
 };

@@ -17,10 +17,10 @@ template <typename X, typename V>
 struct OdeStepParams {
   X* x;
   const V* v;
-  X* history;         // null: single-step solver
-  const float* coef;  // [batch, 5]
-  V* input;           // null: the model reads x itself
-  float guidance;
+  X* history;     // null: single-step solver
+  const X* coef;  // [batch, 5]
+  V* input;       // null: the model reads x itself
+  X guidance;
   bool guided;
   int64_t trajectories, lanes, n;
 };
@@ -32,7 +32,7 @@ void ode_step_cpu(const OdeStepParams<X, V>& p, int64_t begin, int64_t end) {
     const int64_t s = row - sample * p.trajectories;
     const bool combine = p.guided && s == 0;
     const int64_t lane = sample * p.lanes + s + (p.guided && s > 0 ? 1 : 0);
-    const float* k = p.coef + 5 * sample;
+    const X* k = p.coef + 5 * sample;
     const X a = k[0], b = k[1], c = k[2], keep_x = k[3], keep_v = k[4], w = p.guidance;
     X* __restrict__ x = p.x + row * p.n;
     X* __restrict__ h = p.history ? p.history + row * p.n : nullptr;

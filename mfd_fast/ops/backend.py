@@ -20,51 +20,47 @@ def _has_kernel(name: str, key: str) -> bool:
     )
 
 
-def register_cpu(name: str, reference: Callable) -> None:
-    """Run ``reference`` for CPU tensors unless the extension brought a C++ kernel."""
+def register(
+    name: str, reference: Callable, *, triton: str | None = None, prefer: str = "cpp"
+) -> None:
+    """Register the implementations of ``mfd_fast::<name>`` on the CPU and on CUDA.
+
+    The dtype of an operator is that of its first argument.  In float64 it is the reference on CUDA:
+    the kernels there have nothing wider than float32.
+
+    Args:
+        reference: plain PyTorch of the same signature; what runs where there is nothing else.
+        triton: ``"module:function"`` of the Triton launcher, imported at the first call; None if
+            the operator has only a compiled kernel.
+        prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there.
+    """
     has_ext()
     if not _has_kernel(name, "CPU"):
         torch.library.impl(f"{NAMESPACE}::{name}", "CPU")(reference)
 
-
-def register_cuda(
-    name: str,
-    *,
-    triton: str | None = None,
-    reference: Callable | None = None,
-    prefer: str = "cpp",
-) -> None:
-    """Register the CUDA implementation.
-
-    Args:
-        triton: ``"module:function"`` of the Triton launcher, imported at the first call; None if
-            the operator has only a compiled kernel.
-        reference: plain PyTorch for an install that has neither; not needed with ``triton``.
-        prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there.
-    """
     private = f"_{name.lstrip('_')}_cuda"
     is_compiled = bool(build_info().get("cuda")) and _has_kernel(private, "CUDA")
     wanted = prefer if backend() == "auto" else backend()
+    kernel = reference
     if is_compiled and (triton is None or wanted == "cpp"):
-        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(
-            lambda *args: getattr(torch.ops.mfd_fast, private)(*args)
-        )
+        kernel = getattr(torch.ops.mfd_fast, private)
     elif triton is not None:
-        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(_lazy(triton))
-    elif reference is not None:
-        torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")(reference)
+        kernel = _lazy(triton)
+
+    @torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")
+    def launch(*args):
+        return (reference if args[0].dtype == torch.float64 else kernel)(*args)
 
 
 def _lazy(target: str) -> Callable:
-    """Import the launcher at its first call and run it on the device of its first tensor.
+    """Import the launcher at its first call and run it on the device of its first argument.
 
     Triton launches on the current device, which need not be where the tensors are.
     """
     module, function = target.split(":")
 
     def launch(*args):
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
-        with torch.cuda.device(device):
+        with torch.cuda.device(args[0].device):
             return getattr(import_module(module), function)(*args)
 
     return launch

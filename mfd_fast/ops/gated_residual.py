@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 from mfd_fast.ops.modulation import check_activation, check_channel_row, check_sample_rows
 
 OP = "gated_residual"
@@ -62,10 +62,9 @@ def _reference_backward(grad, y, gate, bias, with_sums):
     return grad_y, grad_gate, grad_bias
 
 
-register_cpu("gated_residual", reference.gated_residual)
-register_cpu("_gated_residual_backward", _reference_backward)
-register_cuda("gated_residual", triton=f"mfd_fast.kernels.{OP}:{OP}")
-register_cuda("_gated_residual_backward", triton=f"mfd_fast.kernels.{OP}:{OP}_backward")
+_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
+register(OP, reference.gated_residual, triton=_TRITON)
+register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
 
 
 def _setup_context(ctx, inputs, output):

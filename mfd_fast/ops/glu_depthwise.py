@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 
 _ARGS = "Tensor x, Tensor weight, Tensor bias, Tensor? in_bias, int height, int width"
 _BACKWARD = f"(Tensor grad, {_ARGS}, bool with_conv) -> (Tensor grad_x, Tensor grad_conv)"
@@ -56,10 +56,8 @@ def _reference_backward(grad, x, weight, bias, in_bias, height, width, with_conv
     return grad_x, grad_conv.contiguous() if with_conv else x.new_empty(0)
 
 
-register_cpu("glu_depthwise", reference.glu_depthwise)
-register_cpu("_glu_depthwise_backward", _reference_backward)
-register_cuda("glu_depthwise", reference=reference.glu_depthwise)
-register_cuda("_glu_depthwise_backward", reference=_reference_backward)
+register("glu_depthwise", reference.glu_depthwise)
+register("_glu_depthwise_backward", _reference_backward)
 
 
 def _setup_context(ctx, inputs, output):

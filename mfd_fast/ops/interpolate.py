@@ -1,14 +1,15 @@
 """Noising: ``x_t = (1 - t) x0 + t noise`` and the flow-matching target ``noise - x0`` in one pass.
 
-x0 and noise are ``[B, ...]``, t is ``[B]`` float32.  Traffic: 2 reads and 1 write per element (2
-writes with the target); the five eager operators it replaces move 11.
+x0 and noise are ``[B, ...]``, t is ``[B]`` float32 (float64 for float64).  Traffic: 2 reads and 1
+write per element (2 writes with the target); the five eager operators it replaces move 11.
 """
 
 import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
+from mfd_fast.ops.rows import check_rows
 
 _SCHEMA = "(Tensor x0, Tensor noise, Tensor t, bool with_target) -> (Tensor, Tensor)"
 torch.library.define("mfd_fast::interpolate", _SCHEMA)
@@ -25,8 +26,7 @@ def _reference(x0, noise, t, with_target):
     return x_t, target if with_target else x0.new_empty(0)
 
 
-register_cpu("interpolate", _reference)
-register_cuda("interpolate", triton="mfd_fast.kernels.interpolate:interpolate")
+register("interpolate", _reference, triton="mfd_fast.kernels.interpolate:interpolate")
 
 
 def _setup_context(ctx, inputs, output):
@@ -37,7 +37,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_x_t, grad_target):
     (t,) = ctx.saved_tensors
-    grad = (1 - reference.per_sample(t, grad_x_t)).to(grad_x_t.dtype) * grad_x_t
+    grad = reference.per_sample(1 - t, grad_x_t).to(grad_x_t.dtype) * grad_x_t
     if ctx.with_target and grad_target is not None:
         grad = grad - grad_target
     return grad, None, None, None  # the noise is drawn, never learned
@@ -46,7 +46,7 @@ def _backward(ctx, grad_x_t, grad_target):
 torch.library.register_autograd("mfd_fast::interpolate", _backward, setup_context=_setup_context)
 
 
-def _check(x0: Tensor, noise: Tensor, t: Tensor) -> None:
+def _call(x0: Tensor, noise: Tensor, t: Tensor, with_target: bool) -> tuple[Tensor, Tensor]:
     if x0.ndim == 0:
         raise ValueError("interpolate: x0 must be [B, ...]; got a scalar")
     if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
@@ -54,11 +54,8 @@ def _check(x0: Tensor, noise: Tensor, t: Tensor) -> None:
             f"interpolate: noise must be like x0, {x0.dtype} {list(x0.shape)} on {x0.device}; "
             f"got {noise.dtype} {list(noise.shape)} on {noise.device}"
         )
-    if t.shape != x0.shape[:1] or t.dtype != torch.float32 or t.device != x0.device:
-        raise ValueError(
-            f"interpolate: t must be torch.float32 [{x0.shape[0]}] on {x0.device}; "
-            f"got {t.dtype} {list(t.shape)} on {t.device}"
-        )
+    t = check_rows("interpolate", t, "t", x0)
+    return torch.ops.mfd_fast.interpolate(x0.contiguous(), noise.contiguous(), t, with_target)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -67,18 +64,14 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     Args:
         x0: clean samples, ``[B, ...]``; the gradient flows to it.
         noise: standard normal, like x0; no gradient.
-        t: times in [0, 1], ``[B]`` float32; 1 is noise.
+        t: times in [0, 1], ``[B]`` float32, or float64 with float64 samples; 1 is noise.
 
     Source: Eq. 2 of the paper in the convention t = 1 noise.  ``ValueError`` if shapes, dtypes or
     devices disagree.
     """
-    _check(x0, noise, t)
-    return torch.ops.mfd_fast.interpolate(
-        x0.contiguous(), noise.contiguous(), t.contiguous(), False
-    )[0]
+    return _call(x0, noise, t, False)[0]
 
 
 def interpolate_with_target(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`interpolate` and the velocity of the path, ``noise - x0`` (the regression target)."""
-    _check(x0, noise, t)
-    return torch.ops.mfd_fast.interpolate(x0.contiguous(), noise.contiguous(), t.contiguous(), True)
+    return _call(x0, noise, t, True)

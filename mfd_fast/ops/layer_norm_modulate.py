@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 from mfd_fast.ops.modulation import check_activation, check_channel_row, check_sample_rows
 
 OP = "layer_norm_modulate"
@@ -84,10 +84,9 @@ def _reference_backward(grad, x, scale, gain, mean, rstd, kind, with_sums):
     return grad_x, grad_scale.to(scale.dtype), grad_shift.to(scale.dtype), grad_gain
 
 
-register_cpu("layer_norm_modulate", _reference)
-register_cpu("_layer_norm_modulate_backward", _reference_backward)
-register_cuda("layer_norm_modulate", triton=f"mfd_fast.kernels.{OP}:{OP}")
-register_cuda("_layer_norm_modulate_backward", triton=f"mfd_fast.kernels.{OP}:{OP}_backward")
+_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
+register(OP, _reference, triton=_TRITON)
+register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
 
 
 def _setup_context(ctx, inputs, output):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 
 torch.library.define(
     "mfd_fast::linear_attention",
@@ -67,11 +67,14 @@ def _reference_backward(grad, q, k, v, state, eps):
     return torch.stack([grad_q, grad_k, grad_v], dim=2).to(q.dtype)
 
 
-register_cpu("linear_attention", reference.linear_attention)
-register_cuda("linear_attention", triton="mfd_fast.kernels.linear_attention:linear_attention")
-register_cpu("_linear_attention_backward", _reference_backward)
-register_cuda(
+register(
+    "linear_attention",
+    reference.linear_attention,
+    triton="mfd_fast.kernels.linear_attention:linear_attention",
+)
+register(
     "_linear_attention_backward",
+    _reference_backward,
     triton="mfd_fast.kernels.linear_attention_backward:linear_attention_backward",
 )
 

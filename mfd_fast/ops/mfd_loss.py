@@ -6,7 +6,7 @@
     grad      = weight * (u_T - u_A) / numel               the gradient of the loss to x
 
 With x = x_t and no weight this is the loss of the method; with x = x_0 and weight = 1 - t the
-gradient arrives at the clean sample directly.  x ``[B, ...]`` float32; the ends may be planes of
+gradient arrives at the clean sample directly.  x ``[B, ...]``; the ends may be planes of
 one ``[B, 2, ...]`` state buffer.  Traffic: 3 reads and 1 write per element; the seven eager
 operators move 17.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
+from mfd_fast.ops.rows import check_rows
 
 _SCHEMA = (
     "(Tensor x, Tensor end_teacher, Tensor end_aux, Tensor span, Tensor? weight) "
@@ -44,8 +45,7 @@ def _reference(x, end_teacher, end_aux, span, weight):
     return loss, distance, grad.to(x.dtype)
 
 
-register_cpu("mfd_loss", _reference)
-register_cuda("mfd_loss", triton="mfd_fast.kernels.mfd_loss:mfd_loss")
+register("mfd_loss", _reference, triton="mfd_fast.kernels.mfd_loss:mfd_loss")
 
 
 def _setup_context(ctx, inputs, output):
@@ -69,11 +69,13 @@ def mfd_loss_from_ends(
         x: what the gradient is for, ``[B, ...]``: x_t, or x_0 with ``weight = 1 - t``.
         end_teacher, end_aux: states at r of the guided teacher's and the auxiliary's ODE started at
             the same x_t, like x; each sample contiguous, any batch stride.
-        span: t - r, ``[B]`` float32, > 0 (1 for a sample with t == r, see ``solvers.plan``).
-        weight: per-sample factor, ``[B]`` float32, or None.
+        span: t - r, ``[B]`` float32 (or float64 with float64 x), > 0; 1 for a sample with t == r,
+            see ``solvers.plan``.
+        weight: per-sample factor, like span, or None.
 
     Returns:
-        loss ``[]`` and distance ``[B]`` (float32; differentiate the loss), gradient like x.
+        loss ``[]`` and distance ``[B]`` (float32, or float64 with float64 x; differentiate the
+        loss), gradient like x.
     """
     if x.ndim == 0:
         raise ValueError("mfd_loss: x must be [B, ...]; got a scalar")
@@ -83,19 +85,10 @@ def mfd_loss_from_ends(
                 f"mfd_loss: {name} must be like x, {x.dtype} {list(x.shape)} on {x.device}; "
                 f"got {end.dtype} {list(end.shape)} on {end.device}"
             )
-    for name, row in (("span", span), ("weight", weight)):
-        if row is not None and (
-            row.shape != x.shape[:1] or row.dtype != torch.float32 or row.device != x.device
-        ):
-            raise ValueError(
-                f"mfd_loss: {name} must be torch.float32 [{x.shape[0]}] on {x.device}; "
-                f"got {row.dtype} {list(row.shape)} on {row.device}"
-            )
+    span = check_rows("mfd_loss", span, "span", x)
+    weight = None if weight is None else check_rows("mfd_loss", weight, "weight", x)
     end_teacher, end_aux = (_rows_contiguous(end) for end in (end_teacher, end_aux))
-    weight = None if weight is None else weight.contiguous()
-    return torch.ops.mfd_fast.mfd_loss(
-        x.contiguous(), end_teacher, end_aux, span.contiguous(), weight
-    )
+    return torch.ops.mfd_fast.mfd_loss(x.contiguous(), end_teacher, end_aux, span, weight)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -104,7 +97,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def mfd_loss(x_t: Tensor, u_teacher: Tensor, u_aux: Tensor) -> Tensor:
-    """Mean Flow Distillation loss ``mean(stopgrad(u_teacher - u_aux) * x_t)``, float32 ``[]``.
+    """Mean Flow Distillation loss ``mean(stopgrad(u_teacher - u_aux) * x_t)``, ``[]``.
 
     Args:
         x_t: noised student samples, ``[B, ...]``; ``d loss / d x_t = (u_teacher - u_aux) / numel``.

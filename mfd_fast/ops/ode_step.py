@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
+from mfd_fast.ops.rows import check_rows
 
 _SCHEMA = (
     "(Tensor(a!) x, Tensor v, Tensor(b!)? history, Tensor coef, float guidance, Tensor(c!)? x_in)"
@@ -40,11 +41,10 @@ def _reference(x, v, history, coef, guidance, x_in):
         x_in.copy_(torch.cat([x[:, :1], x], dim=1) if is_guided else x)
 
 
-register_cpu("ode_step_", _reference)
-register_cuda("ode_step_", triton="mfd_fast.kernels.ode_step:ode_step_")
+register("ode_step_", _reference, triton="mfd_fast.kernels.ode_step:ode_step_")
 
 
-def _check(x, v, history, coef, x_in) -> None:
+def _check(x, v, history, x_in) -> None:
     lanes = {x.shape[1], x.shape[1] + 1} if x.ndim >= 2 else set()
     if (
         v.ndim != x.ndim
@@ -59,18 +59,13 @@ def _check(x, v, history, coef, x_in) -> None:
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     if x.dtype != wide:
         raise ValueError(f"ode_step_: x must be {wide} for v of {v.dtype}; got {x.dtype}")
-    if coef.shape != (x.shape[0], 5) or coef.dtype != torch.float32:
-        raise ValueError(
-            f"ode_step_: coef must be torch.float32 [{x.shape[0]}, 5]; "
-            f"got {coef.dtype} {list(coef.shape)}"
-        )
     for name, tensor, like in (("history", history, x), ("x_in", x_in, v)):
         if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
             raise ValueError(
                 f"ode_step_: {name} must be {like.dtype} {list(like.shape)}; "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
-    for name, tensor in (("x", x), ("v", v), ("history", history), ("coef", coef), ("x_in", x_in)):
+    for name, tensor in (("x", x), ("v", v), ("history", history), ("x_in", x_in)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"ode_step_: {name} must be on {x.device}; got {tensor.device}")
         if tensor is not None and not tensor.is_contiguous():
@@ -93,12 +88,14 @@ def ode_step_(
         v: velocities of the lanes, ``[B, L, ...]``, contiguous; L = S, or S + 1 with lane 0 the
             conditional and lane 1 the unconditional velocity of trajectory 0.
         history: what a multistep solver remembers, like x; overwritten.  None for Euler.
-        coef: rows (a, b, c, p, q) of ``solvers.SolverTable``, ``[B, 5]`` float32.
+        coef: rows (a, b, c, p, q) of ``solvers.SolverTable``, ``[B, 5]`` float32, or float64 with
+            float64 x.
         guidance: classifier-free guidance scale w; used only when L = S + 1.
         x_in: next model inputs, like v; overwritten.  None if the model reads ``x`` itself.
 
     No gradient flows: teacher and auxiliary are integrated under stop-gradient (method, Eq. 15-20).
     ``ValueError`` if shapes, dtypes or devices disagree or a tensor is not contiguous.
     """
-    _check(x, v, history, coef, x_in)
+    _check(x, v, history, x_in)
+    coef = check_rows("ode_step_", coef, "coef", x, 5)
     torch.ops.mfd_fast.ode_step_(x, v, history, coef, guidance, x_in)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 from mfd_fast.ops.modulation import check_activation
 
 OP = "quantize_rows"
@@ -29,8 +29,7 @@ def _(x):
     return values, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-register_cpu("quantize_rows", reference.quantize_rows)
-register_cuda("quantize_rows", triton=f"mfd_fast.kernels.{OP}:{OP}")
+register(OP, reference.quantize_rows, triton=f"mfd_fast.kernels.{OP}:{OP}")
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

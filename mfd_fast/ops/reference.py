@@ -14,9 +14,14 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
+def wide_rows(values: Tensor, like: Tensor) -> Tensor:
+    """Times and coefficients in the type they multiply in: float64 where samples are float64."""
+    return values.to(torch.promote_types(values.dtype, like.dtype))
+
+
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """``x_t = (1 - t) x0 + t noise`` and the flow-matching target ``noise - x0``."""
-    t = per_sample(t, x0)
+    t = per_sample(wide_rows(t, x0), x0)
     return ((1 - t) * x0 + t * noise).to(x0.dtype), noise - x0
 
 
@@ -192,4 +197,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 values like x ``[..., K]`` and the float32 scale ``[..., 1]`` that gives x again."""
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp_min(E4M3_SMALLEST_ROW)
-    return (x * (E4M3_MAX / largest)).to(torch.float8_e4m3fn), largest / E4M3_MAX
+    # Between tensors: PyTorch divides by a number, or a number, through a rounded reciprocal.
+    limit = torch.full_like(largest, E4M3_MAX)
+    return (x * (limit / largest)).to(torch.float8_e4m3fn), largest / limit

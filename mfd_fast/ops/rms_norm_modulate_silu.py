@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 from mfd_fast.ops.modulation import check_activation, check_channel_row, check_sample_rows
 
 OP = "rms_norm_modulate_silu"
@@ -82,10 +82,9 @@ def _reference_backward(grad, x, gain, scale, shift, rstd, eps, with_sums):
     return grad_x, grad_gain, grad_scale, grad_z.sum(1).to(scale.dtype)
 
 
-register_cpu("rms_norm_modulate_silu", _reference)
-register_cpu("_rms_norm_modulate_silu_backward", _reference_backward)
-register_cuda("rms_norm_modulate_silu", triton=f"mfd_fast.kernels.{OP}:{OP}")
-register_cuda("_rms_norm_modulate_silu_backward", triton=f"mfd_fast.kernels.{OP}:{OP}_backward")
+_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
+register(OP, _reference, triton=_TRITON)
+register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
 
 
 def _setup_context(ctx, inputs, output):

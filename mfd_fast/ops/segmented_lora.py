@@ -20,7 +20,7 @@ one cost nothing.  PEFT runs, per target, two products, a scaling and a sum, eac
 import torch
 from torch import Tensor
 
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 from mfd_fast.ops.reference import wide
 
 _ARGS = "Tensor x, Tensor a, Tensor b, Tensor rows, float scale"
@@ -102,12 +102,9 @@ def _cpu_backward(grad, x, hidden, a, b, rows, scale, need_x):
 
 
 _TRITON = "mfd_fast.kernels.segmented_lora"
-register_cpu("segmented_lora_", _cpu_)
-register_cuda("segmented_lora_", triton=f"{_TRITON}:segmented_lora_")
-register_cpu("segmented_lora", _cpu)
-register_cuda("segmented_lora", triton=f"{_TRITON}:segmented_lora")
-register_cpu("_segmented_lora_backward", _cpu_backward)
-register_cuda("_segmented_lora_backward", triton=f"{_TRITON}:segmented_lora_backward")
+register("segmented_lora_", _cpu_, triton=f"{_TRITON}:segmented_lora_")
+register("segmented_lora", _cpu, triton=f"{_TRITON}:segmented_lora")
+register("_segmented_lora_backward", _cpu_backward, triton=f"{_TRITON}:segmented_lora_backward")
 
 
 def _setup_context(ctx, inputs, output):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register_cpu, register_cuda
+from mfd_fast.ops.backend import register
 
 MAX_TOKENS = 16
 MAX_WIDTH = 64
@@ -90,10 +90,8 @@ def _rounded_backward(*args):
     return grad_qkv.to(args[1].dtype), grad_bias
 
 
-register_cpu("short_attention", _reference)
-register_cpu("_short_attention_backward", _rounded_backward)
-register_cuda("short_attention", reference=_reference)
-register_cuda("_short_attention_backward", reference=_rounded_backward)
+register("short_attention", _reference)
+register("_short_attention_backward", _rounded_backward)
 
 
 @torch.library.impl("mfd_fast::short_attention_qkv", "CompositeExplicitAutograd")
