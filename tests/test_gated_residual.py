@@ -6,6 +6,7 @@ import torch
 from mfd_fast.kernels import gated_residual as kernel
 from mfd_fast.ops import gated_residual, reference
 
+from capture import assert_captured_equals_eager
 from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -260,9 +261,4 @@ def test_captured_step_equals_the_eager_one():
         out = gated_residual(x, y, gate, bias)
         return out, torch.autograd.grad(out, y, torch.ones_like(out))[0]
 
-    expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_captured_equals_eager(step)

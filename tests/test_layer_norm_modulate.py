@@ -8,6 +8,7 @@ from mfd_fast.kernels import layer_norm_modulate as kernel
 from mfd_fast.kernels import norm_modulate_backward
 from mfd_fast.ops import layer_norm_modulate, reference
 
+from capture import assert_captured_equals_eager
 from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -294,9 +295,4 @@ def test_captured_step_equals_the_eager_one():
         out = layer_norm_modulate(x, scale, shift)
         return out, torch.autograd.grad(out, x, torch.ones_like(out))[0]
 
-    expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_captured_equals_eager(step)

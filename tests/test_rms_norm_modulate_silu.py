@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mfd_fast.kernels import rms_norm_modulate_silu as kernel
 from mfd_fast.ops import reference, rms_norm_modulate_silu
 
+from capture import assert_captured_equals_eager
 from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -247,9 +248,4 @@ def test_captured_step_equals_the_eager_one():
         out = rms_norm_modulate_silu(*leaves)
         return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    expected = step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_captured_equals_eager(step)
