@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: demo occfm-demo test lint cuda-build gpu-check clean
+.PHONY: demo occfm-demo test lint compat-build gpu-check clean
 
 demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the result
 	$(BIN)/mfd-fast info
@@ -23,8 +23,8 @@ lint: $(STAMP)-test
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
 	  'tests/cuda_host/*')
 
-cuda-build:  ## build _C with CUDA in a second environment and import it without a GPU
-	bash scripts/cuda_build.sh
+compat-build:  ## build _C with CUDA for old and new torch, import it, test it on the oldest; no GPU
+	bash scripts/compat_build.sh $(VERSIONS)
 
 gpu-check:  ## on a machine with an NVIDIA GPU: build, gpu tests, sanitizers, benchmarks
 	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out)

@@ -1,6 +1,6 @@
 #pragma once
-// x_t = (1 - t) x0 + t noise;  target = noise - x0.  [rows, n] arrays, t [rows] as wide as sums
-// are. Traffic: 2 reads and 1 or 2 writes per element.
+// x_t = (1 - t) x0 + t noise;  target = noise - x0.  [rows, n] arrays, t [rows] as wide
+// as sums.  Traffic: 2 reads and 1 or 2 writes per element.
 #include "cpu/scalar.h"
 
 namespace mfd {
