@@ -16,6 +16,13 @@ occfm-demo: $(STAMP)-demo  ## train, distil and measure a small occupancy foreca
 test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
 	$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one worker a core: two threads each would fight
+	OMP_NUM_THREADS=1 MFD_FAST_BACKEND=reference $(BIN)/python -m pytest -n 2 \
+	  -m 'not slow and not gpu' -k 'not triton' $(REFERENCE_TESTS)
+
+# What is computed by operators alone, once more without the extension: a minute.
+REFERENCE_TESTS := $(wildcard $(patsubst mfd_fast/ops/%,tests/test_%,$(wildcard mfd_fast/ops/*.py))) \
+  $(patsubst %,tests/test_%.py,float64 flow solvers integrate gradients graphs distiller \
+  objective_matching objective_maps)
 
 lint: $(STAMP)-test
 	$(BIN)/ruff check .
@@ -36,14 +43,14 @@ $(STAMP)-torch:
 	touch $@
 
 # The extension is rebuilt when its sources change; the Python files are used in place (editable).
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 $(STAMP)-demo: $(STAMP)-torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e '.[digits,occfm]'
 	touch $@
 
 $(STAMP)-test: $(STAMP)-torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,dev]'
+	MFD_WERROR=ON $(BIN)/pip install -q --no-build-isolation -e '.[test,dev]'
 	touch $@ $(STAMP)-demo
 
 clean:
