@@ -35,6 +35,18 @@ class Target:
             f"no padding; {name} is {module}. Narrow the targets"
         )
 
+    def own_weight(self) -> nn.Parameter:
+        """The weight that a merge changes; ``ValueError`` if the layer computes it from others."""
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"the weight of {self.name} is computed (a parametrization or weight_norm), so "
+                "nothing can be merged into it: remove that first "
+                '(nn.utils.parametrize.remove_parametrizations(layer, "weight")), or keep the '
+                "adapter apart (adapter_state_dict)"
+            )
+        return weight
+
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     no_padding = conv.padding in ((0, 0), "valid", "same")
