@@ -30,9 +30,10 @@ class Target:
             return Target(name, module, module.in_features, module.out_features, is_conv=False)
         if isinstance(module, nn.Conv2d) and _is_pointwise(module):
             return Target(name, module, module.in_channels, module.out_channels, is_conv=True)
+        what = type(module).__name__ if [*module.children()] else module
         raise ValueError(
             "an adapter's target must be nn.Linear or a 1x1 nn.Conv2d with groups 1, stride 1 and "
-            f"no padding; {name} is {module}. Narrow the targets"
+            f"no padding; {name} is {what}. Narrow the targets"
         )
 
     def own_weight(self) -> nn.Parameter:
