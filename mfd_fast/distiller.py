@@ -26,7 +26,7 @@ from mfd_fast.config import DistillConfig, OptimConfig
 from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like, placed_state
 from mfd_fast.flow import Schedule, sample_times
 from mfd_fast.integrate import generate
-from mfd_fast.networks import check_leads, evaluating
+from mfd_fast.networks import check_leads, check_statistics, evaluating
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.optim import LossScale, check_trains, clip_and_step, make_optimizer, set_warmup_lr
@@ -72,8 +72,11 @@ class Distiller:
         self.ranks = ranks or Ranks()
         self.objective = self._bind_objective()
         self.roles: tuple[str, ...] = self.objective.roles
+        if self.ranks.world > 1:
+            check_statistics(backbone)
+        buffers = buffers_of(backbone, self.roles)
         for role in self.roles:
-            self.ranks.align(self.parameters_of(role))
+            self.ranks.align(self.parameters_of(role) + buffers[f"{role}_buffers"])
             backbone.refresh(role)
         if optimizers is not None and set(optimizers) != set(self.roles):
             raise ValueError(

@@ -130,11 +130,11 @@ class Ranks:
         dist.broadcast(data, 0, group=self.control)
         return bytes(data.tolist()).decode()
 
-    def align(self, parameters: list[nn.Parameter]) -> None:
-        """Give every replica rank 0's weights; a collective call."""
+    def align(self, tensors: list[Tensor]) -> None:
+        """Give every replica rank 0's weights and buffers; a collective call."""
         if self.world > 1 and not self.is_sharded:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
 
 
 class Vote:

@@ -122,6 +122,17 @@ def kept_buffers(network: nn.Module) -> list[Tensor]:
     return [torch.view_as_real(x) if x.is_complex() else x for x in kept]
 
 
+def check_statistics(network: Any) -> None:
+    """For several processes; ``ValueError`` names a batch norm that would see one's samples."""
+    for name, module in network.named_modules() if isinstance(network, nn.Module) else ():
+        is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_batch_norm and module.training and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"{plain_name(name)} takes the statistics of one process's samples: put it in eval "
+                "mode, or pass nn.SyncBatchNorm.convert_sync_batchnorm(network) as the teacher"
+            )
+
+
 @contextmanager
 def evaluating(network: Any) -> Iterator[None]:
     """Inside the block every module is in eval mode (dropout, batch norm, spectral norm)."""

@@ -191,6 +191,11 @@ def called_before():
     return make(network)
 
 
+class ReturnsOutput(Plain):
+    def forward(self, x, t, cond):
+        return (super().forward(x, t, cond),)
+
+
 class Unused(Plain):
     def __init__(self):
         super().__init__()
@@ -237,6 +242,10 @@ def test_layers_that_are_called_in_other_forwards_only_are_not_missed():
         (
             lambda: one_cycle(make(Checkpointed(reentrant=True), ("blocks.0.0", "blocks.1.2"))),
             "blocks.0.0 runs without gradient .*: checkpoint with use_reentrant=False",
+        ),
+        (
+            lambda: one_cycle(make(ReturnsOutput())),
+            "must return one tensor, .* got tuple",
         ),
         (lambda: one_cycle(make(PartlyWithout())), "leave what runs under torch.no_grad out of t"),
         (

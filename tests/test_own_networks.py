@@ -23,6 +23,7 @@ from torch import nn
 from mfd_fast import AUX, STUDENT, CopiedBackbone, DistillConfig, Distiller, OptimConfig
 from mfd_fast.captured import CapturedDistiller
 from mfd_fast.checkpoint import pack
+from mfd_fast.distributed import Ranks
 from mfd_fast.graphs import RecordedGraph
 
 BUFFERED = ["SpectralNorm", "BatchNorm", "ComplexBuffer"]
@@ -218,6 +219,11 @@ class UncastCondition(Uncast):
         return super().forward(x, t.to(x.dtype), cond)
 
 
+class PreparesNone(Plain):
+    def prepare(self, cond):
+        return cond, None
+
+
 class Constant(Plain):
     def forward(self, x, t, cond):
         return super().forward(x, t, cond).detach()
@@ -289,6 +295,10 @@ def forward_rows(rows, conditions):
             r"leaves \['Tensor', 'NoneType'\]. Put what is no tensor \(None, numbers\) into a func",
         ),
         (lambda: first_update(Plain(), [torch.zeros(4, COND), 7.5]), r"leaves \['Tensor', 'float"),
+        (
+            lambda: first_update(PreparesNone()),
+            r"must return tensors of 4 rows.*\[\[4, 4\], ",
+        ),
         (lambda: first_update(Constant()), "loss of the aux leads to none of its parameters"),
         (lambda: generate(3, 4), r"noise must be \[4, 2\], .* row of cond; got \[3, 2\]"),
         (lambda: generate(5, 4), r"noise must be \[4, 2\], .* row of cond; got \[5, 2\]"),
@@ -315,6 +325,12 @@ def test_what_does_not_fit_is_one_sentence(run, message):
     with pytest.raises(ValueError, match=message) as caught:
         run()
     assert "\n" not in str(caught.value)
+
+
+def test_batch_statistics_of_one_of_several_processes_are_refused():
+    backbone = make_named("BatchNorm").backbone
+    with pytest.raises(ValueError, match=r"^aux.norm takes the statistics of one process's samp"):
+        Distiller(backbone, DistillConfig(), ranks=Ranks(0, 2))
 
 
 def test_other_errors_of_a_network_come_through():
