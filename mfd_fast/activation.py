@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mfd_fast.adapters import Patterns, find_modules
+from mfd_fast.networks import Patterns, find_modules
 
 POLICIES = ("none", "cheap", "block")
 
@@ -68,7 +68,7 @@ def apply_activation_policy(
     Args:
         policy: ``"none"``, ``"cheap"`` or ``"block"``, above.
         blocks: the modules to treat, usually the repeated blocks: names in a tuple or one regular
-            expression (``adapters.find_modules``).
+            expression (``networks.find_modules``).
         recompute_context: called in the forward; entered for the recomputation.  Restores what the
             blocks depend on besides their arguments (``AdapterBank.resumed``).
 
@@ -79,11 +79,11 @@ def apply_activation_policy(
         raise ValueError(f"the activation policy must be one of {list(POLICIES)}, got {policy!r}")
     if policy == "none":
         return ActivationPolicy({})
-    found = find_modules(network, blocks)
-    if not found:
+    found, unmatched = find_modules(network, blocks)
+    if unmatched or not found:
         there = [name for name, module in network.named_modules() if _is_list(module)]
         raise ValueError(
-            f"activation policy {policy!r}: blocks {blocks!r} match nothing; the network's lists "
+            f"activation policy {policy!r}: blocks {unmatched} match nothing; the network's lists "
             f"of modules are {there}"
         )
     for name, block in found.items():

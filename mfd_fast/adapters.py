@@ -9,45 +9,22 @@ without gradient read a copy in the model's dtype, made by :meth:`AdapterBank.re
 Letters in shapes: n samples, L lanes of a sample, P positions of a row, r rank.
 """
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mfd_fast.lora import Adapter, Target, add_to_lanes, add_to_rows
+from mfd_fast.networks import Patterns, find_modules
 
 PEFT_PREFIX = "base_model.model."
 
-Patterns = str | Iterable[str]
 LaneAdapters = tuple[tuple[str, ...], ...]
-
-
-def find_modules(network: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
-    """The modules that ``patterns`` name, by full name; empty if there are none.
-
-    As in PEFT: one string is a regular expression for the whole name; strings of a tuple match the
-    name or its last components (``"to_q"`` matches ``"blocks.0.attn.to_q"``).  ``ValueError`` if
-    the string is no regular expression.
-    """
-    if isinstance(patterns, str):
-        try:
-            is_match = re.compile(patterns).fullmatch
-        except re.error as error:
-            raise ValueError(
-                f"one string is a regular expression for full module names; {patterns!r} is not "
-                f"({error}). Names go in a tuple"
-            ) from error
-    else:
-        wanted = tuple(patterns)
-
-        def is_match(name):
-            return any(name == last or name.endswith(f".{last}") for last in wanted)
-
-    return {name: module for name, module in network.named_modules() if name and is_match(name)}
 
 
 @dataclass
@@ -58,6 +35,7 @@ class _Call:
     rows: int | None
     runs: tuple[tuple[str, tuple[int, ...] | None], ...]  # adapter, its lanes (None: all)
     with_grad: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    without_grad: str = ""  # a target that ran without gradient all the same
 
 
 class _During:
@@ -66,11 +44,29 @@ class _During:
     def __init__(self, bank: "AdapterBank", call: _Call | None):
         self.bank, self.call = bank, call
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_During":
         self.outer, self.bank._call = self.bank._call, self.call
+        return self
 
     def __exit__(self, *exc: Any) -> None:
         self.bank._call = self.outer
+
+    def recompute_behind(self, made: Any) -> None:
+        """What a network checkpoints by itself is run again under this call, in a backward from the
+        tensors ``made``: a pytree, all that led out of the block.
+
+        ``ValueError`` if the network itself turned gradients off for a target.
+        """
+        if self.call.without_grad:
+            raise ValueError(
+                f"{self.call.without_grad} runs without gradient inside a call that needs one: "
+                "checkpoint with use_reentrant=False, or leave what runs under torch.no_grad out "
+                "of targets"
+            )
+        call = replace(self.call, with_grad={})  # made again where needed: the graph stays small
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(partial(self.bank._recompute, call))
 
 
 class AdapterBank(nn.Module):
@@ -104,6 +100,8 @@ class AdapterBank(nn.Module):
         network.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self._call: _Call | None = None
+        self._recomputed: tuple[weakref.ref[_Call], int] | None = None  # and its backward
+        self._uncalled = {is_grad: set(range(len(self.targets))) for is_grad in (False, True)}
         self._plans: dict[LaneAdapters, tuple] = {}
         self._merged: tuple[str, list[Tensor]] | None = None
         for name in names:
@@ -134,6 +132,8 @@ class AdapterBank(nn.Module):
         Inside :meth:`lanes` with gradient they lead to the master; else they are the copy.  For a
         network that computes its projections in its own way; scale is :meth:`scale`.
         """
+        if self._call is not None:
+            self.mark_called(0, len(self.targets))
         names = (target.name for target in self.targets)
         return dict(zip(names, self._factors(name), strict=True))
 
@@ -156,15 +156,35 @@ class AdapterBank(nn.Module):
         if per_lane not in self._plans:
             self._plans[per_lane] = self._plan(per_lane)
         call = _Call(len(per_lane), rows, self._plans[per_lane])
-        if torch.is_grad_enabled():
-            for name, _ in call.runs:
-                if self.adapters[name].master.requires_grad:
-                    call.with_grad[name] = self.adapters[name].factors_with_grad()
-        return _During(self, call)
+        return _During(self, self._with_grad(call) if torch.is_grad_enabled() else call)
+
+    def _with_grad(self, call: _Call) -> _Call:
+        for name, _ in call.runs:
+            if self.adapters[name].master.requires_grad:
+                call.with_grad[name] = self.adapters[name].factors_with_grad()
+        return call
 
     def resumed(self) -> _During:
         """A context that runs what runs now: recomputation in backward enters it later."""
         return _During(self, self._call)
+
+    def mark_called(self, first: int, count: int = 1) -> None:
+        """A network that adds these targets' adapters by itself says so, as their hooks do."""
+        if uncalled := self._uncalled[torch.is_grad_enabled()]:
+            uncalled.difference_update(range(first, first + count))
+
+    def check_called(self) -> None:
+        """After a forward; ``ValueError`` names targets that it went around, at the first one
+        with and the first one without gradient.
+        """
+        if uncalled := self._uncalled[torch.is_grad_enabled()]:
+            names = [self.targets[index].name for index in sorted(uncalled)]
+            raise ValueError(
+                f"the network did not call {_some(names)}, so adapters there would be trained in "
+                "vain: leave out of targets what it does not use or uses by its weight alone "
+                "(out_proj of nn.MultiheadAttention, F.linear); make the bank of a compiled "
+                "network before its first call"
+            )
 
     def refresh(self, name: str) -> None:
         """Bring the model-dtype copy up to date after the master changed.
@@ -229,7 +249,14 @@ class AdapterBank(nn.Module):
         adapter = self._adapter(name)
         if self._merged is not None:
             raise ValueError(f"{self._merged[0]!r} is merged already; unmerge it first")
-        weights = [target.module.weight for target in self.targets]
+        weights = [target.own_weight() for target in self.targets]
+        names = {id(w): target.name for w, target in zip(weights, self.targets, strict=True)}
+        if len(names) < len(weights):
+            tied = [target.name for target in self.targets if target.name not in names.values()]
+            raise ValueError(
+                f"{tied} share their weight with other targets, and {name!r} has an adapter for "
+                "each, so they cannot be merged: leave all but one out of targets"
+            )
         self._merged = (name, [weight.detach().clone() for weight in weights])
         self._plans.clear()
         for weight, (a, b) in zip(weights, adapter.split(adapter.master), strict=True):
@@ -266,7 +293,8 @@ class AdapterBank(nn.Module):
         return self.adapters[name]
 
     def _factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        with_grad = {} if self._call is None else self._call.with_grad
+        call = self.call_in_force()
+        with_grad = {} if call is None else call.with_grad
         return with_grad.get(name, self._adapter(name).factors)
 
     def _plan(self, per_lane: LaneAdapters) -> tuple[tuple[str, tuple[int, ...] | None], ...]:
@@ -288,13 +316,29 @@ class AdapterBank(nn.Module):
         everywhere = list(range(len(per_lane)))
         return tuple((k, None if v == everywhere else tuple(v)) for k, v in used.items())
 
+    def _recompute(self, call: _Call, _: Tensor) -> None:
+        """Hook of a gradient: from here on this backward computes parts of ``call`` again."""
+        self._recomputed = weakref.ref(call), torch._C._current_graph_task_id()
+
+    def call_in_force(self) -> _Call | None:
+        """What the targets see now: the block's call, or the one a backward computes again."""
+        if self._call is not None or self._recomputed is None:
+            return self._call
+        call, backward = self._recomputed[0](), self._recomputed[1]
+        if call is None or backward != torch._C._current_graph_task_id():
+            return None
+        return call if call.with_grad else self._with_grad(call)
+
     def _after_target(self, index: int, module: nn.Module, args: tuple, kwargs: dict, y: Tensor):
         """Forward hook of a target: y plus the adapters of every lane."""
-        call = self._call
+        call = self.call_in_force()
         if call is None:
             return y
-        x = args[0] if args else kwargs["input"]
+        self.mark_called(index)
         target = self.targets[index]
+        if call.with_grad and not torch.is_grad_enabled():
+            call.without_grad = call.without_grad or target.name
+        x = args[0] if args else kwargs["input"]
         for name, lanes in call.runs:
             a, b = self._factors(name)[index]
             scale = self.adapters[name].scale
@@ -316,10 +360,11 @@ class AdapterBank(nn.Module):
 
 
 def _targets_of(network: nn.Module, patterns: Patterns) -> list[Target]:
-    found = find_modules(network, patterns)
-    if not found:
-        there = [k for k, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        raise ValueError(f"targets {patterns!r} match nothing; the network has {_some(there)}")
+    found, unmatched = find_modules(network, patterns)
+    if unmatched or not found:
+        there = find_modules(network, ".*")[0].items()
+        layers = [name for name, module in there if isinstance(module, nn.Linear | nn.Conv2d)]
+        raise ValueError(f"targets {unmatched} match nothing; the network has {_some(layers)}")
     targets = [Target.of(name, module) for name, module in found.items()]
     kinds = {(target.module.weight.dtype, target.module.weight.device) for target in targets}
     if len(kinds) != 1 or not next(iter(kinds))[0].is_floating_point:

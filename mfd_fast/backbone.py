@@ -5,7 +5,6 @@ student.  ``forward`` evaluates a batch of lanes ``[n, L, *S]``, sample-major, s
 still moving along their trajectories are a prefix.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from mfd_fast.networks import (
+    Masters,
+    check_apart,
+    copy_of,
+    first_floating,
+    kept_buffers,
+    train_floating,
+    velocity_of,
+)
 
 ROLES = ("teacher", "aux", "student")
 
@@ -45,7 +54,8 @@ def batch_size(cond: Any) -> int:
         raise ValueError(
             "cond must be a pytree of tensors with a leading batch dimension; got "
             f"{type(cond).__name__} with leaves {[type(leaf).__name__ for leaf in leaves]}. "
-            "For an unconditional network pass torch.empty(batch, 0)."
+            "Put what is no tensor (None, numbers) into a function around the network; for an "
+            "unconditional network pass torch.empty(batch, 0)."
         )
     sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) != 1:
@@ -104,7 +114,7 @@ class NetworkPrepared(Prepared):
         if key not in self._made:
             made = self.make_rows(super().rows(lanes, self.batch), lanes)
             count = self.batch * len(lanes)
-            shapes = [list(leaf.shape) for leaf in tree_leaves(made)]
+            shapes = [list(getattr(leaf, "shape", ())) for leaf in tree_leaves(made)]
             if any(shape[:1] != [count] for shape in shapes):
                 raise ValueError(
                     f"the network's prepare must return tensors of {count} rows, as many as it "
@@ -164,11 +174,17 @@ class CopiedBackbone(nn.Module):
         teacher: the pretrained network; frozen and put in eval mode.  If the networks have a
             method ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows,
             each calls its own once per trajectory and gets the result in place of cond.
-        auxiliary, student: networks that start as the teacher; deep copies of it if None.
+        auxiliary, student: networks that start as the teacher; deep copies of it if None.  They
+            train in the mode they come in (eval mode where the auxiliary is integrated), and only
+            what requires a gradient, or everything if nothing does.  Of parameters in 16 bits
+            float32 masters are trained.
         sample_shape: shape of one sample, without the batch dimension.
         null_cond: cond -> the null condition of the same shapes; needed for guidance other than 1.
         dtype: what x is cast to before it enters a network; that of the teacher's parameters if
             None.
+
+    ``ValueError`` if the network cannot be copied, has no floating-point parameters, or a trained
+    parameter belongs to two of the three.
     """
 
     def __init__(
@@ -182,15 +198,17 @@ class CopiedBackbone(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.aux = copy.deepcopy(teacher) if auxiliary is None else auxiliary
-        self.student = copy.deepcopy(teacher) if student is None else student
-        self.teacher = teacher.eval().requires_grad_(False)
+        first = first_floating(teacher)
+        self.aux = copy_of(teacher) if auxiliary is None else auxiliary
+        self.student = copy_of(teacher) if student is None else student
         for network in (self.aux, self.student):
-            network.requires_grad_(True)
+            train_floating(network)
+        check_apart({"aux": self.aux, "student": self.student}, {"teacher": teacher})
+        self.teacher = teacher.eval().requires_grad_(False)
+        self._masters: dict[str, Masters] = {}
         self.sample_shape = tuple(sample_shape)
         self.null_cond = null_cond
         self._side_stream: torch.cuda.Stream | None = None
-        first = next(teacher.parameters())
         self.dtype = first.dtype if dtype is None else dtype
         self.device = first.device
 
@@ -206,7 +224,7 @@ class CopiedBackbone(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
         """One call per role: neighbouring lanes of a role are one batch, two roles two streams."""
-        n = x.shape[0]
+        n = check_lanes(x, prepared, lanes)
         times = t if t.ndim == 2 else t[:, None].expand(n, len(lanes))
         jobs, start = [], 0
         for members in self.lane_groups(lanes):
@@ -220,14 +238,12 @@ class CopiedBackbone(nn.Module):
 
     def _velocity(self, lanes: tuple[Lane, ...], rows: Tensor, t: Tensor, cond: Any) -> Tensor:
         """One network on the rows ``[n * L, *S]`` of its lanes; ``[n, L, *S]``."""
-        role = lanes[0].role
-        v = getattr(self, role)(rows, t, cond)
-        if v.shape != rows.shape:
-            raise ValueError(
-                f"the {role} network must return the shape of its input, {list(rows.shape)}; "
-                f"got {list(v.shape)}"
-            )
+        v = self.velocity(lanes[0].role, rows, t, cond)
         return v.unflatten(0, (-1, len(lanes)))
+
+    def velocity(self, role: str, x: Tensor, t: Tensor, cond: Any, *end: Tensor) -> Tensor:
+        """One network at x ``[R, *S]``, t ``[R]`` (and at a second time, if it takes one)."""
+        return velocity_of(getattr(self, role), x, t, cond, *end, name=f"{role} network")
 
     def _in_parallel(self, jobs: list[Callable[[], Tensor]]) -> list[Tensor]:
         """Two networks as two branches that join: neither reads what the other writes."""
@@ -249,10 +265,50 @@ class CopiedBackbone(nn.Module):
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         if role not in ROLES:
             raise ValueError(f"role must be one of {list(ROLES)}, got {role!r}")
-        return [] if role == "teacher" else list(getattr(self, role).parameters())
+        if role == "teacher":
+            return []
+        network = getattr(self, role)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if all(parameter.element_size() >= 4 for parameter in trained):
+            return trained
+        if role not in self._masters:  # made as late as that: until now the network may be moved
+            self._masters[role] = Masters(network, trained)
+        return self._masters[role].parameters
+
+    def buffers_of(self, role: str) -> list[Tensor]:
+        """What besides parameters belongs to the state of a network that is trained."""
+        return kept_buffers(getattr(self, role))
 
     def refresh(self, role: str) -> None:
-        """Nothing is derived from the parameters of a full copy."""
+        """Round the float32 masters of a network in 16 bits into it, in place."""
+        if role in self._masters:
+            self._masters[role].write()
+
+
+def check_lanes(x: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> int:
+    """n of x ``[n, L, *S]``; ``ValueError`` if it has other lanes, or more samples than cond."""
+    n, width = x.shape[:2]
+    if width != len(lanes) or n > prepared.batch:
+        raise ValueError(
+            f"x must be [n, {len(lanes)}, ...] with n <= {prepared.batch} for these lanes and "
+            f"this prepared condition; got {list(x.shape)}"
+        )
+    return n
+
+
+def check_noise(noise: Tensor, prepared: Prepared, backbone: Backbone) -> None:
+    """``ValueError`` unless there is one sample of noise for each row of cond."""
+    shape = [prepared.batch, *backbone.sample_shape]
+    if list(noise.shape) != shape:
+        raise ValueError(
+            f"noise must be {shape}, a sample for each row of cond; got {list(noise.shape)}"
+        )
+
+
+def buffers_of(backbone: Backbone, roles: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """``"{role}_buffers"``: what besides parameters is the state of networks that are trained."""
+    of = getattr(backbone, "buffers_of", lambda role: [])  # adapters have none
+    return {f"{role}_buffers": of(role) for role in roles}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mfd_fast.backbone import FixedRows
 from mfd_fast.distiller import Distiller
 from mfd_fast.graphs import CapturedStep, CudaGraph, Graph
 from mfd_fast.integrate import Trajectories
+from mfd_fast.networks import evaluating
 from mfd_fast.objectives import IntervalObjective
 from mfd_fast.optim import is_capturable
 from mfd_fast.solvers import EVALUATIONS_PER_STEP, SolverTable, plan
@@ -178,13 +179,14 @@ class CapturedDistiller(Distiller):
         """One solver step of the first n samples; the row of the table is counted on the device."""
         times = self._times.index_select(0, self._row)[0, :n]
         coef = self._coef.index_select(0, self._row)[0, :n]
-        self._moving.step(
-            lambda x, t: self.objective.velocity(self.backbone, self._prepared, x, t),
-            n,
-            times,
-            coef,
-            self.config.guidance,
-        )
+        with evaluating(self.backbone):
+            self._moving.step(
+                lambda x, t: self.objective.velocity(self.backbone, self._prepared, x, t),
+                n,
+                times,
+                coef,
+                self.config.guidance,
+            )
         self._row += 1
 
     def _finish(self) -> dict[str, Tensor]:

@@ -28,6 +28,16 @@ def _require(ok: bool, key: str, expected: str, got: Any) -> None:
         raise ValueError(f"{key} must be {expected}, got {got}")
 
 
+def _check_types(config: Any, path: str) -> None:
+    """``ValueError`` names a setting whose value is not of its kind, ``guidance="3"``."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(hint):
+            _require(isinstance(value, hint), path + name, f"a {hint.__name__}", repr(value))
+        else:
+            object.__setattr__(config, name, _check(hint, value, path + name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW of one role."""
@@ -48,6 +58,7 @@ class OptimConfig:
     """The learning rate rises linearly over this many updates of the role."""
 
     def __post_init__(self):
+        _check_types(self, "")
         _require(self.lr > 0, "lr", "> 0", self.lr)
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2", "in [0, 1)",
                  (self.beta1, self.beta2))  # fmt: skip
@@ -133,6 +144,7 @@ class DistillConfig:
     """Optimizer of the auxiliary."""
 
     def __post_init__(self):
+        _check_types(self, "distill.")
         _require(self.step_size > 0, "distill.step_size", "> 0", self.step_size)
         _require(self.grid >= 0, "distill.grid", ">= 0 (0: off)", self.grid)
         _require(0 <= self.equal_fraction <= 1, "distill.equal_fraction", "in [0, 1]",

@@ -12,14 +12,24 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, batch_size, swapped
+from mfd_fast.backbone import (
+    AUX,
+    STUDENT,
+    Backbone,
+    Prepared,
+    batch_size,
+    buffers_of,
+    check_noise,
+    swapped,
+)
 from mfd_fast.config import DistillConfig, OptimConfig
-from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like
+from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like, placed_state
 from mfd_fast.flow import Schedule, sample_times
 from mfd_fast.integrate import generate
+from mfd_fast.networks import check_leads, check_statistics, evaluating
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
-from mfd_fast.optim import LossScale, clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.optim import LossScale, check_trains, clip_and_step, make_optimizer, set_warmup_lr
 from mfd_fast.solvers import SolverTable, to_device
 
 
@@ -62,14 +72,19 @@ class Distiller:
         self.ranks = ranks or Ranks()
         self.objective = self._bind_objective()
         self.roles: tuple[str, ...] = self.objective.roles
+        if self.ranks.world > 1:
+            check_statistics(backbone)
+        buffers = buffers_of(backbone, self.roles)
         for role in self.roles:
-            self.ranks.align(self.parameters_of(role))
+            self.ranks.align(self.parameters_of(role) + buffers[f"{role}_buffers"])
             backbone.refresh(role)
         if optimizers is not None and set(optimizers) != set(self.roles):
             raise ValueError(
                 f"optimizers must have the keys {' and '.join(self.roles)}; "
                 f"got {sorted(optimizers)}"
             )
+        for role, optimizer in (optimizers or {}).items():
+            check_trains(optimizer, self.parameters_of(role), role)
         self.optimizers = optimizers or {
             role: make_optimizer(self.parameters_of(role), self._optim(role)) for role in self.roles
         }
@@ -143,9 +158,12 @@ class Distiller:
 
     @torch.no_grad()
     def generate(self, noise: Tensor, cond: Any, *, use_ema: bool = True) -> Tensor:
-        """Samples of the student, ``[B, *S]``, from noise ``[B, *S]``; averaged weights if kept."""
+        """Samples of the student, ``[B, *S]``, from noise ``[B, *S]``; averaged weights if kept,
+        in eval mode.  ``ValueError`` if there is not one noise for each condition.
+        """
         prepared = self.backbone.prepare(cond)
-        with self.averaged_student(use_ema):
+        check_noise(noise, prepared, self.backbone)
+        with evaluating(self.backbone), self.averaged_student(use_ema):
             return self._sample_student(noise, prepared)
 
     @contextmanager
@@ -168,22 +186,30 @@ class Distiller:
     def live_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` copies: the tensors themselves, which the next update changes."""
         weights = {role: [p.detach() for p in self.parameters_of(role)] for role in self.roles}
-        return weights | {
-            "ema": list(self.ema),
-            "optimizers": {role: opt.state_dict() for role, opt in self.optimizers.items()},
-            "loss_scale": {
-                role: (scale.scale, scale.finite_steps) for role, scale in self.loss_scale.items()
-            },
-            "num_updates": dict(self.num_updates),
-            "skipped": self.skipped,
-            "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "host_generator": self.host_generator.get_state(),
-            "generator": self.generator.get_state(),
-        }
+        return (
+            weights
+            | buffers_of(self.backbone, self.roles)
+            | {
+                "ema": list(self.ema),
+                "optimizers": {role: opt.state_dict() for role, opt in self.optimizers.items()},
+                "loss_scale": {
+                    role: (scale.scale, scale.finite_steps)
+                    for role, scale in self.loss_scale.items()
+                },
+                "num_updates": dict(self.num_updates),
+                "skipped": self.skipped,
+                "skipped_in_a_row": dict(self.skipped_in_a_row),
+                "host_generator": self.host_generator.get_state(),
+                "generator": self.generator.get_state(),
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; ``ValueError`` if it belongs to another network."""
+        buffers = buffers_of(self.backbone, self.roles)
+        state = buffers | state  # checkpoints had none once
         lists = {role: self.parameters_of(role) for role in self.roles} | {"ema": self.ema}
+        lists |= buffers
         for name, mine in lists.items():
             theirs = state[name]
             if [p.shape for p in mine] != [p.shape for p in theirs]:
@@ -196,7 +222,7 @@ class Distiller:
                 for target, value in zip(mine, state[name], strict=True):
                     target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(self._placed(role, state["optimizers"][role]))
+            optimizer.load_state_dict(placed_state(state["optimizers"][role], optimizer))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
             scale.finite_steps.copy_(state["loss_scale"][role][1])
@@ -207,21 +233,6 @@ class Distiller:
         self.skipped.copy_(state["skipped"])
         self.host_generator.set_state(state["host_generator"])
         self.generator.set_state(state["generator"])
-
-    def _placed(self, role: str, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with whole tensors cut to the pieces of sharded parameters."""
-        groups = self.optimizers[role].param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        placed = {
-            index: {
-                key: placed_like(value, parameters[index])
-                if torch.is_tensor(value) and value.shape == parameters[index].shape
-                else value
-                for key, value in entry.items()
-            }
-            for index, entry in state["state"].items()
-        }
-        return {**state, "state": placed}
 
     def parameters_of(self, role: str) -> list[Tensor]:
         """What the role's optimizer trains."""
@@ -263,7 +274,7 @@ class Distiller:
         table = self._draw_table(cond).to(self.backbone.device)
         with self.phase("student/generate"):
             prepared, x0, noise = self._student_samples(cond, self._draw_backprop_step())
-        with self.phase("student/integrate"):
+        with self.phase("student/integrate"), evaluating(self.backbone):
             loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
         self._backward("student", loss)
         return metrics | {"saturation": self._saturation}
@@ -298,6 +309,7 @@ class Distiller:
         )
 
     def _backward(self, role: str, loss: Tensor, *, retain_graph: bool = False) -> None:
+        check_leads(loss, role)
         scale = self.loss_scale.get(role)
         weight = 1.0 / self.config.micro_batches
         if role in self.gradients:

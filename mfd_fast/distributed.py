@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from mfd_fast.backbone import ROLES, Backbone, CopiedBackbone
@@ -129,11 +130,11 @@ class Ranks:
         dist.broadcast(data, 0, group=self.control)
         return bytes(data.tolist()).decode()
 
-    def align(self, parameters: list[nn.Parameter]) -> None:
-        """Give every replica rank 0's weights; a collective call."""
+    def align(self, tensors: list[Tensor]) -> None:
+        """Give every replica rank 0's weights and buffers; a collective call."""
         if self.world > 1 and not self.is_sharded:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
 
 
 class Vote:
@@ -227,6 +228,21 @@ def placed_like(value: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(
         value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
     )
+
+
+def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state with whole tensors cut to the pieces of sharded parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    placed = {
+        index: {
+            key: placed_like(value, parameters[index])
+            if torch.is_tensor(value) and value.shape == parameters[index].shape
+            else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": placed}
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:

@@ -30,10 +30,23 @@ class Target:
             return Target(name, module, module.in_features, module.out_features, is_conv=False)
         if isinstance(module, nn.Conv2d) and _is_pointwise(module):
             return Target(name, module, module.in_channels, module.out_channels, is_conv=True)
+        what = type(module).__name__ if [*module.children()] else module
         raise ValueError(
             "an adapter's target must be nn.Linear or a 1x1 nn.Conv2d with groups 1, stride 1 and "
-            f"no padding; {name} is {module}. Narrow the targets"
+            f"no padding; {name} is {what}. Narrow the targets"
         )
+
+    def own_weight(self) -> nn.Parameter:
+        """The weight that a merge changes; ``ValueError`` if the layer computes it from others."""
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                f"the weight of {self.name} is computed (a parametrization or weight_norm), so "
+                "nothing can be merged into it: remove that first "
+                '(nn.utils.parametrize.remove_parametrizations(layer, "weight")), or keep the '
+                "adapter apart (adapter_state_dict)"
+            )
+        return weight
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

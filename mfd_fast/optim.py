@@ -64,6 +64,18 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimConfig], Optimizer]] = 
 }
 
 
+def check_trains(optimizer: Optimizer, parameters: list[Tensor], role: str) -> None:
+    """``ValueError`` if it has other parameters than those that training the role changes."""
+    known = {id(parameter) for parameter in parameters}
+    groups = getattr(optimizer, "param_groups", ())
+    theirs = [parameter for group in groups for parameter in group["params"]]
+    if not all(id(parameter) in known for parameter in theirs):
+        raise ValueError(
+            f"optimizers[{role!r}] has parameters that training does not change: make it with "
+            f"backbone.parameters_of({role!r})"
+        )
+
+
 def is_capturable(optimizer: Optimizer) -> bool:
     """Whether a step may run inside a CUDA graph: it says so, with its learning rate on the
     device.

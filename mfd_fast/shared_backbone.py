@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.activation import apply_activation_policy
-from mfd_fast.adapters import AdapterBank, LaneAdapters, Patterns
-from mfd_fast.backbone import ROLES, Lane, NetworkPrepared, Prepared, batch_size
+from mfd_fast.adapters import AdapterBank, LaneAdapters
+from mfd_fast.backbone import ROLES, Lane, NetworkPrepared, Prepared, batch_size, check_lanes
+from mfd_fast.networks import Patterns, first_floating, plain_name, velocity_of
 
 
 class SharedBackbone(nn.Module):
@@ -59,7 +60,7 @@ class SharedBackbone(nn.Module):
         self.adapters_of = {"teacher": base, "aux": (*base, "aux"), "student": (*base, "student")}
         self.sample_shape = tuple(sample_shape)
         self.null_cond = null_cond
-        first = next(network.parameters())
+        first = first_floating(network)
         self.dtype = first.dtype if dtype is None else dtype
         self.device = first.device
         self.float8: AbstractContextManager | None = None  # float8.use_float8
@@ -78,24 +79,17 @@ class SharedBackbone(nn.Module):
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
         """Velocities ``[n, L, *S]`` of x ``[n, L, *S]`` at t ``[n]`` or ``[n, L]``, in one call.
 
-        ``ValueError`` if x does not have L lanes, or the network changes the shape of its input.
+        ``ValueError`` if x does not have L lanes, the network changes the shape of its input, or it
+        does not call one of the adapters' targets.
         """
-        n, width = x.shape[:2]
-        if width != len(lanes) or n > prepared.batch:
-            raise ValueError(
-                f"x must be [n, {len(lanes)}, ...] with n <= {prepared.batch} for these lanes and "
-                f"this prepared condition; got {list(x.shape)}"
-            )
+        n, width = check_lanes(x, prepared, lanes), len(lanes)
         rows = x.flatten(0, 1).to(self.dtype)
         times = (t if t.ndim == 2 else t[:, None].expand(n, width)).flatten()
         conditions = prepared.rows(lanes, n)
-        with self.adapters.lanes(self._per_lane(lanes), rows=n * width), self._products():
-            v = self.network(rows, times, conditions)
-        if v.shape != rows.shape:
-            raise ValueError(
-                f"the network must return the shape of its input, {list(rows.shape)}; "
-                f"got {list(v.shape)}"
-            )
+        with self.adapters.lanes(self._per_lane(lanes), rows=n * width) as call, self._products():
+            v = velocity_of(self.network, rows, times, conditions, name="network")
+        call.recompute_behind(v)
+        self.adapters.check_called()
         return v.unflatten(0, (n, width))
 
     def lane_groups(self, lanes: tuple[Lane, ...]) -> tuple[tuple[Lane, ...], ...]:
@@ -123,8 +117,10 @@ class SharedBackbone(nn.Module):
 
     def _prepare_rows(self, cond: Any, lanes: tuple[Lane, ...]) -> Any:
         count = batch_size(cond)
-        with self.adapters.lanes(self._per_lane(lanes), rows=count):
-            return self.network.prepare(cond)
+        with self.adapters.lanes(self._per_lane(lanes), rows=count) as call:
+            made = self.network.prepare(cond)
+        call.recompute_behind(made)
+        return made
 
 
 def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) -> None:
@@ -135,7 +131,7 @@ def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) ->
         raise ValueError(
             f"teacher_adapter must be frozen, made by add_frozen; {base[0]!r} is trained"
         )
-    modules = dict(network.named_modules())
+    modules = {plain_name(name): module for name, module in network.named_modules()}
     for target in bank.targets:
         if modules.get(target.name) is not target.module:
             raise ValueError(

@@ -174,14 +174,14 @@ def test_targets_that_see_several_rows_in_place_of_one(kind, is_grad):
     layer = nn.Conv2d(8, 6, 1) if x.ndim == 5 else nn.Linear(8, 6)
 
     def one_lane_at_a_time(dtype):
-        network, bank = make_bank(Windowed(copy.deepcopy(layer).to(dtype)))
+        network, bank = make_bank(Windowed(copy.deepcopy(layer).to(dtype)), targets=("to_q",))
         outs = []
         for lane, names in enumerate([("student",), (), ("aux",)]):
             with bank.lanes((names,)), torch.no_grad():
                 outs.append(network(x[lane::3].to(dtype)))
         return torch.stack(outs, dim=1).flatten(0, 1)
 
-    network, bank = make_bank(Windowed(copy.deepcopy(layer)))
+    network, bank = make_bank(Windowed(copy.deepcopy(layer)), targets=("to_q",))
     with bank.lanes((("student",), (), ("aux",)), rows=6), torch.set_grad_enabled(is_grad):
         v = network(x).detach()
     assert_as_accurate(v, one_lane_at_a_time(torch.float32), one_lane_at_a_time(torch.float64))

@@ -43,7 +43,7 @@ def test_no_function_is_over_60_lines():
 LAYERS = [
     {"_ext", "ops", "kernels", "config", "environment", "objective_settings", "stop"},
     {"presets"},
-    {"flow", "solvers"},
+    {"flow", "solvers", "networks"},
     {"lora", "integrate", "backbone"},
     {"adapters"},
     {"activation"},

@@ -297,13 +297,9 @@ def test_an_ode_step_of_sana_needs_half_the_operators_of_peft():
     assert ours.total <= theirs / 2
 
 
-class WrongShape(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.to_q = nn.Linear(4, 4)
-
+class WrongShape(ImageNetwork):
     def forward(self, x, t, cond):
-        return self.to_q(x)[:, :1]
+        return super().forward(x, t, cond)[:, :1]
 
 
 class WrongPrepare(PreparingNetwork):

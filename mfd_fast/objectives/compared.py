@@ -31,8 +31,8 @@ class Fields:
 
     def student(self, x: Tensor, t: Tensor, *end: Tensor) -> Tensor:
         """F(x, t), or F(x, t, s) of a student that takes a second time; with gradient."""
-        network = self.backbone.student
-        return network(x.to(self.backbone.dtype), t, self.prepared.cond, *end).to(x.dtype)
+        rows = x.to(self.backbone.dtype)
+        return self.backbone.velocity("student", rows, t, self.prepared.cond, *end).to(x.dtype)
 
     def aux(self, x: Tensor, t: Tensor) -> Tensor:
         """The auxiliary's velocity; with gradient."""

@@ -65,3 +65,4 @@ class SenseFlow(DistributionMatching):
                 backbone.parameters_of("student"),
                 1.0 - self.config.senseflow.ida_decay,
             )
+            backbone.refresh("aux")

@@ -18,6 +18,7 @@ from mfd_fast.config import RunConfig
 from mfd_fast.cost import MetaModel
 from mfd_fast.cost.cycle import is_interval
 from mfd_fast.float8 import use_float8
+from mfd_fast.networks import names_of
 from mfd_fast.objectives import make_objective
 from mfd_fast.tasks import check_samples
 
@@ -107,7 +108,7 @@ def sana_model(config: RunConfig, device: str = "meta") -> MetaModel:
         network,
         rank=settings.rank,
         alpha=settings.alpha,
-        targets=tuple(settings.targets.split(",")),
+        targets=names_of(settings.targets),
     )
     backbone = SharedBackbone(
         network,
@@ -168,7 +169,7 @@ def occfm_model(config: RunConfig) -> MetaModel:
             network,
             rank=settings.rank,
             alpha=settings.alpha,
-            targets=tuple(settings.targets.split(",")),
+            targets=names_of(settings.targets),
         )
         policy = {"activation": config.train.activation, "blocks": BLOCKS}
         backbone = SharedBackbone(network, adapters=bank, **known, **policy)

@@ -24,6 +24,7 @@ from mfd_fast.models.occfm.loading import (
     load_vae3d,
     save_occfm_transition,
 )
+from mfd_fast.networks import names_of
 from mfd_fast.presets import OccfmRun
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.shared_backbone import SharedBackbone
@@ -101,7 +102,7 @@ class OccfmTask:
             self.teacher,
             rank=self.settings.rank,
             alpha=self.settings.alpha,
-            targets=tuple(self.settings.targets.split(",")),
+            targets=names_of(self.settings.targets),
             generator=Generator().manual_seed(self.config.distill.seed),
         )
         return SharedBackbone(

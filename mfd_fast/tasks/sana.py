@@ -31,6 +31,7 @@ from mfd_fast.models.sana.lora_files import (
 from mfd_fast.models.sana.merged import save_merged
 from mfd_fast.models.sana.network import BLOCKS, SanaNetwork
 from mfd_fast.models.sana.sampler import SOLVER, load_schedule
+from mfd_fast.networks import names_of
 from mfd_fast.presets import SanaRun
 from mfd_fast.report.images import image_rows
 from mfd_fast.run_folder import STUDENT, RunFolder
@@ -105,7 +106,7 @@ class SanaTask:
             network,
             rank=settings.rank,
             alpha=settings.alpha,
-            targets=tuple(settings.targets.split(",")),
+            targets=names_of(settings.targets),
             generator=Generator().manual_seed(self.config.distill.seed),
         )
         return SharedBackbone(

@@ -35,9 +35,10 @@ class AdapterGroup:
 
         Without gradients y itself, updated.  ``ValueError`` if R does not divide into the lanes.
         """
-        call = self.bank._call
+        call = self.bank.call_in_force()
         if call is None:
             return y
+        self.bank.mark_called(self.first, self.count)
         add = segmented_lora if torch.is_grad_enabled() else segmented_lora_
         for name, lanes in call.runs:
             a, b = self._factors(name)
