@@ -2,8 +2,8 @@
 
 A published checkpoint is a ``.ckpt`` that torch saved: ``state_dict`` has the weights as they were
 trained, ``ema_model`` their running average (or None), every name with ``module.`` before it.  A
-world model's has the whole VAE too.  It is read with ``weights_only=True``: tensors and plain
-containers; a pickle that names anything else is refused unread.
+world model's has the whole VAE too.  It may hold tensors and plain containers; a pickle that names
+anything else is refused unread (:mod:`mfd_fast.data.torch_file`).
 
 Averaging also went over the integer buffers, the tables of offsets in a window, and rounded some of
 their entries down by one.  The published scores were taken with these: they are kept, and counted
@@ -12,7 +12,6 @@ in a warning, unless ``repair`` asks for the tables as they were meant.
 Files of this project are safetensors with the config in their header.
 """
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.data.torch_file import load_torch_file
 from mfd_fast.models.occfm.config import OccfmConfig
 from mfd_fast.models.occfm.network import OccfmNetwork
 from mfd_fast.models.occfm.run_config import RunConfigs, read_run_configs
@@ -175,9 +175,7 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> dict[str, T
         ema: see :func:`load_transition`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found none; check the path")
-    content = _unpickle(path)
+    content = load_torch_file(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         keys = sorted(map(str, content))[:MAX_NAMED] if isinstance(content, dict) else content
         found = f"keys {keys}" if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -190,23 +188,6 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> dict[str, T
         raise ValueError(f"{path} has no average (ema_model); give ema=False")
     use_average = average is not None if ema is None else ema
     return _plain_names(average if use_average else content["state_dict"], path)
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is refused: a checkpoint may hold tensors and plain containers only, and this "
-            f"is no such pickle ({reason[:200]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}, {path.stat().st_size} bytes, does not read as a complete checkpoint "
-            f"({reason[:200]}); copy it again"
-        ) from error
 
 
 def _plain_names(state: Any, path: Path) -> dict[str, Tensor]:
