@@ -9,14 +9,13 @@ Python, whose memo is a dict and whose reads end with the file (the one written 
 any index and any length); and what its calls copy, all together, is at most what the file has.
 """
 
-import io
 import math
 import pickle
 import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -87,21 +86,17 @@ class PickledArray:
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """One pickle of ``file``, from where it stands; ``size`` bytes are what its calls may copy.
+    """One pickle of ``size`` bytes at most of ``file``, from where that stands."""
 
-    ``names`` are the callables that this one knows beside numpy's and the plain containers'.
-    """
+    dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
 
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file: BinaryIO, size: int, *, encoding: str = "ASCII", **names: Any):
+    def __init__(self, file: BinaryIO, size: int, *, encoding: str = "ASCII"):
         super().__init__(_Reader(file, size), encoding=encoding)
         self._left = size
-        self._names = names
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands in for a global; ``ForbiddenNameError`` says where an unknown one is."""
-        known = self._names.get(f"{module}.{name}") or self._own(module, name)
+        known = self._own(module, name)
         if known is None:
             raise ForbiddenNameError(f"{module}.{name}"[:200] + self._under())
         return known

@@ -29,7 +29,7 @@ from mfd_fast.models.occfm.swin import relative_index
 from mfd_fast.models.occfm.vae import OccupancyVae
 from mfd_fast.models.occfm.vae3d import OccupancyVae3d
 from mfd_fast.models.occfm.vae_config import VAE_CONFIGS, VaeConfig
-from mfd_fast.models.weight_file import load_into, load_weights, save_weights
+from mfd_fast.models.weight_file import load_network, outline, save_weights
 
 TRANSITION = "transition_model."
 VAE_PARTS = ("embedding.", "encoder.", "decoder.")
@@ -67,7 +67,7 @@ def load_transition(
     """
     path = Path(path)
     if path.suffix == OWN_SUFFIX:
-        network = _load_own(path, TRANSITION_KIND, OccfmConfig, OccfmNetwork)
+        network = load_network(path, TRANSITION_KIND, OccfmConfig, OccfmNetwork)
     else:
         state = read_checkpoint(path, ema=ema)
         if not any(name.startswith(TRANSITION) for name in state):
@@ -79,10 +79,9 @@ def load_transition(
             config = run_configs_of(path, base_folder=base_folder).transition
             if config is None:
                 raise ValueError(f"the YAML beside {path} is one of a VAE; give config=")
-        network = OccfmNetwork(config)
         own = {n.removeprefix(TRANSITION): t for n, t in state.items() if n.startswith(TRANSITION)}
         _check_names(state, (TRANSITION, *VAE_PARTS), path)
-        _fill(network, own, path)
+        network = _filled(OccfmNetwork, config, own, path)
     return _frozen(network, dtype, device)
 
 
@@ -215,30 +214,16 @@ def _load_vae(
 ) -> Any:
     if path.suffix == OWN_SUFFIX:
         kind = VAE3D_KIND if cls is OccupancyVae3d else VAE_KIND
-        return _frozen(_load_own(path, kind, VaeConfig, cls), dtype, device)
+        return _frozen(load_network(path, kind, VaeConfig, cls), dtype, device)
     state = read_checkpoint(path, ema=ema)
     _check_names(state, (TRANSITION, *VAE_PARTS), path)
     own = {name: tensor for name, tensor in state.items() if name.startswith(VAE_PARTS)}
     first = own.get("decoder.conv_in.weight")
     if first is not None and first.ndim == 4:
         config = VaeConfig(**{**asdict(config), "latent_channels": first.shape[1]})
-    vae = cls(config)
-    _fill(vae, own, path)
+    vae = _filled(cls, config, own, path)
     _check_tables(vae, path, repair)
     return _frozen(vae, dtype, device)
-
-
-def _load_own(path: Path, kind: str, config_class: type, network_class: type[Network]) -> Network:
-    tensors, config, _ = load_weights(path, kind=kind)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
-    try:
-        network = network_class(config_class(**values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its config builds no {network_class.__name__}: {error}"
-        ) from error
-    load_into(network, tensors, path)
-    return network
 
 
 def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path) -> None:
@@ -248,9 +233,12 @@ def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path
         )
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _filled(cls: type[Network], config: Any, tensors: Mapping[str, Tensor], path: Path) -> Network:
     """Load strictly; ``ValueError`` names what is missing, unknown or of another shape or kind."""
-    wanted = network.state_dict()
+    try:
+        wanted = outline(lambda: cls(config), len(tensors)).state_dict()
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} and its config do not belong together: {error}") from error
     shared = sorted(wanted.keys() & tensors.keys())
     faults = {
         "missing": sorted(wanted.keys() - tensors.keys()),
@@ -269,10 +257,12 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
         raise ValueError(
-            f"the tensors in {path} are not those of {type(network).__name__}: {listed}. Check "
+            f"the tensors in {path} are not those of {cls.__name__}: {listed}. Check "
             "that the file and the config belong together"
         )
+    network = cls(config)
     network.load_state_dict(tensors)
+    return network
 
 
 def _check_tables(vae: OccupancyVae, path: Path, repair: bool) -> None:
