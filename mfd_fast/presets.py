@@ -16,6 +16,8 @@ from mfd_fast.config import (
     nearest,
     to_dict,
 )
+from mfd_fast.plain_files import read_yaml
+from mfd_fast.settings import Count, CountOrOff, Positive, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,10 @@ class DigitsRun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SanaSettings:
+class SanaSettings(Settings):
     """Text, adapters and sizes of a SANA run."""
+
+    SECTION: ClassVar[str] = "sana."
 
     prompts: str = ""
     """Prompt file (.tsv, .txt, .jsonl, .parquet, dataset folder) or a store made by mfd-fast
@@ -41,21 +45,21 @@ class SanaSettings:
     """Variant of the checkpoint's weight files, such as fp16; empty: the plain ones."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the frozen network; adapters and ODE states are float32."""
-    resolution: int = 0
+    resolution: CountOrOff = 0
     """Height and width of the images in pixels; 0: the checkpoint's own."""
-    encode_ahead: int = 64
+    encode_ahead: Count = 64
     """Updates whose prompts are encoded in one call, when no store is given."""
     keep_text_encoder: bool = False
     """The text encoder stays on the GPU (5 GB) and encodes beside the training, in place of
     visiting it once every encode_ahead updates.
     """
-    text_length: int = 0
+    text_length: CountOrOff = 0
     """Every batch's text is padded to this many tokens; 0: to its own longest prompt, and to 300
     where train.capture needs one length.
     """
-    rank: int = 64
+    rank: Count = 64
     """Rank of the auxiliary's and the student's LoRA."""
-    alpha: float = 64.0
+    alpha: Positive = 64.0
     """LoRA alpha; the adapter's output is scaled by alpha / rank."""
     targets: str = "to_q,to_k,to_v"
     """Linear layers that get an adapter, by the end of their names."""
@@ -82,8 +86,10 @@ class SanaRun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OccfmSettings:
+class OccfmSettings(Settings):
     """Data, decoder and what is trained of an OccFM run."""
+
+    SECTION: ClassVar[str] = "occfm."
 
     store: str = ""
     """Store of latents and labels, from mfd-fast prepare occfm."""
@@ -91,9 +97,9 @@ class OccfmSettings:
     """File of the VAE that made the latents; empty: the one inside the teacher's checkpoint."""
     vae3d: str = ""
     """File of a VAE of clips: the table gets FID and FVD on its features; empty: it does not."""
-    rank: int = 0
+    rank: CountOrOff = 0
     """Rank of the auxiliary's and the student's LoRA; 0: full copies of the network (the paper)."""
-    alpha: float = 64.0
+    alpha: Positive = 64.0
     """LoRA alpha; the adapter's output is scaled by alpha / rank."""
     targets: str = "qkv,attn.proj,fc1,fc2,to_qkv,to_out"
     """Linear layers that get an adapter, by the end of their names."""
@@ -113,8 +119,10 @@ class OccfmRun(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10Settings:
+class Cifar10Settings(Settings):
     """Data and yardstick of a CIFAR-10 run."""
+
+    SECTION: ClassVar[str] = "cifar10."
 
     data: str = ""
     """Folder of the unpacked CIFAR-10 archive, python or binary version."""
@@ -122,7 +130,7 @@ class Cifar10Settings:
     """What FID, precision and recall are measured on; none: the table has speeds only."""
     features_model: str = ""
     """Inception's weights file, or a folder or hub id of DINOv2."""
-    teacher_steps: int = 100
+    teacher_steps: Count = 100
     """Euler steps of the teacher's row (the paper: 100)."""
 
 
@@ -295,15 +303,12 @@ def with_file(config: RunConfig, path: Path) -> RunConfig:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml  # here, so that the library itself needs no YAML
-
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; give --config a YAML file of settings") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{path} is not YAML: {problem}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML of settings: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of config keys; got {type(tree).__name__}")
     return tree

@@ -50,6 +50,7 @@ LAYERS = [
         "objective_settings",
         "stop",
         "plain_files",
+        "settings",
     },
     {"presets"},
     {"flow", "solvers"},
