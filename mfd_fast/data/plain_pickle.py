@@ -14,6 +14,7 @@ import pickle
 import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -103,11 +104,14 @@ class PlainUnpickler(pickle._Unpickler):
 
     def _under(self) -> str:
         """The keys that lead to what is being made."""
-        texts = [
-            [value for value in part[-2:] if isinstance(value, str)]  # a call is above its key
-            for part in (*self.metastack, self.stack)
-        ]
-        keys = [reprlib.repr(found[-1]) for found in texts if found]
+        keys = []
+        for part in (*self.metastack, self.stack):
+            for left, (value, after) in zip(
+                range(len(part) - 1, -1, -1), pairwise((*part, None)), strict=True
+            ):
+                is_open = isinstance(after, (dict, list)) and not after
+                if isinstance(value, str) and (is_open or left < 2):  # a call's name is above
+                    keys.append(reprlib.repr(value))
         return f" (under {' '.join(keys)})" if keys else ""
 
     def _own(self, module: str, name: str) -> Any:
