@@ -52,6 +52,14 @@ def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@contextmanager
+def refused(pattern):
+    """A ``ValueError`` about the file, and not about the memory that there was not."""
+    with little_memory(), pytest.raises(ValueError, match=pattern) as caught:
+        yield
+    assert not re.search("memory|alloc", str(caught.value), re.IGNORECASE)
+
+
 def test_the_limit_holds():
     with little_memory(), pytest.raises(MemoryError):
         bytearray(HUGE)
@@ -97,7 +105,7 @@ for number in (0, 2, 4):
 def test_pickles(read, name, tmp_path):
     path = tmp_path / "hostile.pkl"
     path.write_bytes(PICKLES[name])
-    with little_memory(), pytest.raises(ValueError, match=r"hostile\.pkl"):
+    with refused(r"hostile\.pkl"):
         read(path)
 
 
@@ -119,7 +127,7 @@ def test_arrays_of_a_pickle_share_its_bytes(tmp_path):
 
 def test_batches_of_cifar10(tmp_path):
     (tmp_path / "test_batch").write_bytes(PICKLES[f"bytearray({HUGE}), 2"])
-    with little_memory(), pytest.raises(ValueError, match="test_batch"):
+    with refused("test_batch"):
         load_cifar10(tmp_path, train=False)
 
 
@@ -170,7 +178,7 @@ TORCH = {
 def test_torch_files(read, name, tmp_path):
     path = tmp_path / "hostile.ckpt"
     path.write_bytes(TORCH[name])
-    with little_memory(), pytest.raises(ValueError, match=r"hostile\.ckpt"):
+    with refused(r"hostile\.ckpt"):
         read(path)
 
 
@@ -231,7 +239,7 @@ def npz_with_header(shape, dtype, *, data=b"", name="semantics.npy"):
 def test_labels(content, tmp_path):
     path = tmp_path / "labels.npz"
     path.write_bytes(content)
-    with little_memory(), pytest.raises(ValueError, match=r"labels\.npz"):
+    with refused(r"labels\.npz"):
         read_labels(path)
 
 
@@ -257,7 +265,7 @@ def own_file(path, kind, config):
 def test_configs_in_weight_files(load, kind, config, tmp_path):
     path = tmp_path / "own.safetensors"
     own_file(path, kind, config)
-    with little_memory(), pytest.raises(ValueError, match=r"own\.safetensors"):
+    with refused(r"own\.safetensors"):
         load(path)
 
 
@@ -274,7 +282,7 @@ def test_headers_of_safetensors(read, name, tmp_path):
     path, header = tmp_path / "h.safetensors", HEADERS[name]
     is_whole = name == "length"
     path.write_bytes(header if is_whole else struct.pack("<Q", len(header)) + header + bytes(4))
-    with little_memory(), pytest.raises(ValueError, match=r"h\.safetensors"):
+    with refused(r"h\.safetensors"):
         read(path)
 
 
@@ -282,7 +290,7 @@ def test_headers_of_safetensors(read, name, tmp_path):
 def test_the_config_of_a_sana_checkpoint(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"w": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with little_memory(), pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+    with refused(re.escape(str(tmp_path))):
         load_sana_transformer(tmp_path)
 
 
@@ -292,7 +300,7 @@ def test_the_scenes_of_a_store(tmp_path):
     for scenes in ([["s", HUGE]], [["s", -HUGE], ["t", HUGE + 3]], [["s", 3.0]], [["s", True]]):
         index = {"format": 1, "scenes": scenes, "arrays": {"trajectories": array}}
         (tmp_path / "index.json").write_text(json.dumps(index))
-        with little_memory(), pytest.raises(ValueError, match=r"index\.json"):
+        with refused(r"index\.json"):
             OccupancyStore(tmp_path).starts(2)
 
 
@@ -303,7 +311,7 @@ def test_the_header_of_a_text_store(tmp_path):
         header = {"format": 1, "prompts": {"count": count}, "shard_size": size}
         (tmp_path / "header.json").write_text(json.dumps(_sealed(header | {"encoder": {"dim": 4}})))
         (tmp_path / "null.bin").write_bytes(b"")
-        with little_memory(), pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        with refused(re.escape(str(tmp_path))):
             TextStore(tmp_path)
 
 
@@ -320,7 +328,7 @@ def test_parquet_of_one_prompt_many_times(encoded, tmp_path):
     rows = prompts if encoded else prompts.dictionary_decode()
     parquet.write_table(arrow.table({"prompt": rows}), path, **options)
     assert path.stat().st_size < 1 << 18
-    with little_memory(), pytest.raises(ValueError, match=r"p\.parquet stands for more than 256"):
+    with refused(r"p\.parquet stands for more than 256"):
         open_prompts(path)
 
 
@@ -332,7 +340,7 @@ def test_compressed_arrow_tables(tmp_path):
     with arrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema, options=options) as out:
         out.write_table(table)
     del table
-    with little_memory(), pytest.raises(ValueError, match=r"a\.arrow is compressed"):
+    with refused(r"a\.arrow is compressed"):
         open_prompts(tmp_path)
 
 
@@ -351,7 +359,7 @@ def test_yaml(name, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(YAML[name])
     for read in (lambda: with_file(preset("digits"), path), lambda: read_run_configs(path)):
-        with little_memory(), pytest.raises(ValueError, match=r"c\.yaml"):
+        with refused(r"c\.yaml"):
             read()
 
 
