@@ -6,8 +6,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from mfd_fast.objective_settings import (
     AyfSettings,
@@ -17,110 +16,103 @@ from mfd_fast.objective_settings import (
     MeanFlowSettings,
     SenseFlowSettings,
 )
+from mfd_fast.settings import (
+    Count,
+    CountOrOff,
+    Decay,
+    NotNegative,
+    Number,
+    Positive,
+    PositiveOrOff,
+    Seed,
+    Settings,
+    Share,
+    check_type,
+    require,
+)
 
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
 ObjectiveName = Literal["mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"]
 
 
-def _require(ok: bool, key: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ValueError(f"{key} must be {expected}, got {got}")
-
-
-def _check_types(config: Any, path: str) -> None:
-    """``ValueError`` names a setting whose value is not of its kind, ``guidance="3"``."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if is_dataclass(hint):
-            _require(isinstance(value, hint), path + name, f"a {hint.__name__}", repr(value))
-        else:
-            object.__setattr__(config, name, _check(hint, value, path + name))
-
-
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW of one role."""
 
     kind: Literal["adamw", "adamw8bit", "adamw8bit_torchao", "fused_adam"] = "adamw"
     """torch's fused AdamW, or 8-bit moments (bitsandbytes, torchao), or apex."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate after the warm-up."""
-    beta1: float = 0.9
+    beta1: Decay = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.999
+    beta2: Decay = 0.999
     """Decay of the second moment."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Decoupled weight decay."""
-    clip_norm: float = 1.0
+    clip_norm: PositiveOrOff = 1.0
     """The gradient is scaled down to this global norm; 0 turns clipping off."""
-    warmup_updates: int = 0
+    warmup_updates: CountOrOff = 0
     """The learning rate rises linearly over this many updates of the role."""
-
-    def __post_init__(self):
-        _check_types(self, "")
-        _require(self.lr > 0, "lr", "> 0", self.lr)
-        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "beta1 and beta2", "in [0, 1)",
-                 (self.beta1, self.beta2))  # fmt: skip
-        _require(self.clip_norm >= 0, "clip_norm", ">= 0 (0: off)", self.clip_norm)
-        _require(self.warmup_updates >= 0, "warmup_updates", ">= 0", self.warmup_updates)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """Mean Flow Distillation itself.  Defaults: the paper's settings where it states them."""
+
+    SECTION: ClassVar[str] = "distill."
 
     objective: ObjectiveName = "mfd"
     """Gradient of the student: mean velocities over [r, t] (mfd), instantaneous ones at t (vsd),
     or one of the methods that MFD is compared with.
     """
-    guidance: float = 4.5
+    guidance: Number = 4.5
     """Classifier-free guidance scale of the teacher; the auxiliary is never guided."""
-    step_size: float = 0.02
+    step_size: Positive = 0.02
     """Largest solver step h when a mean velocity is integrated over [r, t]."""
     solver: SolverName = "euler"
     """Solver of the mean velocities; the paper's is Euler."""
-    grid: int = 0
+    grid: CountOrOff = 0
     """Round t, r and every step's end to multiples of 1/grid (official SANA script: 1000); 0:
     off.
     """
     time_distribution: Distribution = "logit_normal"
     """Distribution of the two times whose larger one is t and smaller one r."""
-    time_mean: float = 0.0
+    time_mean: Number = 0.0
     """Mean of the normal variable inside the logit-normal of (t, r)."""
-    time_std: float = 1.0
+    time_std: NotNegative = 1.0
     """Its standard deviation."""
-    equal_fraction: float = 0.0
+    equal_fraction: Share = 0.0
     """Probability that a sample takes r = t, the instantaneous (VSD) limit."""
-    min_interval: float = 0.0
+    min_interval: Decay = 0.0
     """Redraw a pair until t - r is at least this."""
-    max_interval: float | None = None
+    max_interval: Positive | None = None
     """Raise r so that t - r is at most this; None: no limit (the paper)."""
     aux_time_distribution: Distribution = "logit_normal"
     """Distribution of t in the auxiliary's flow matching."""
-    aux_time_mean: float = 0.0
+    aux_time_mean: Number = 0.0
     """Mean of the normal variable inside the auxiliary's logit-normal."""
-    aux_time_std: float = 1.0
+    aux_time_std: NotNegative = 1.0
     """Its standard deviation."""
     score_weighting: bool = False
     """vsd only: multiply the gradient by (1 - t)/t, the score difference of the KL form."""
-    aux_updates: int = 10
+    aux_updates: Count = 10
     """Auxiliary updates in one cycle, before the student's."""
-    student_updates: int = 1
+    student_updates: Count = 1
     """Student updates in one cycle."""
-    student_steps: int = 1
+    student_steps: Count = 1
     """K: steps of the student's sampler, in training and at inference."""
     student_solver: SolverName = "euler"
     """Solver of the student's sampler."""
     student_backprop: Literal["all", "last", "random"] = "all"
     """Which of the K sampler steps the gradient enters: all, the last, or a random one."""
-    aux_draws_per_sample: int = 1
+    aux_draws_per_sample: Count = 1
     """Pairs (t, eps) that the auxiliary learns from for every sample generated (the paper: 1)."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """The batch of an update is evaluated in this many equal parts; gradients are averaged."""
-    loss_scale: float = 0.0
+    loss_scale: PositiveOrOff = 0.0
     """Initial loss scale for fp16 networks, adapted on the device; 0: off."""
-    ema_decay: float = 0.0
+    ema_decay: Decay = 0.0
     """Decay of the exponential moving average of the student's weights; 0: no average."""
     dmd2: Dmd2Settings = field(default_factory=Dmd2Settings)
     """dmd2 and senseflow only: the adversarial part."""
@@ -134,9 +126,9 @@ class DistillConfig:
     """meanflow only."""
     imm: ImmSettings = field(default_factory=ImmSettings)
     """imm only."""
-    sample_bound: float = 4.0
+    sample_bound: Positive = 4.0
     """Values of a sample beyond this magnitude count as saturated; reported, never changed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds every random number of the distillation."""
     student_optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of the student."""
@@ -144,41 +136,25 @@ class DistillConfig:
     """Optimizer of the auxiliary."""
 
     def __post_init__(self):
-        _check_types(self, "distill.")
-        _require(self.step_size > 0, "distill.step_size", "> 0", self.step_size)
-        _require(self.grid >= 0, "distill.grid", ">= 0 (0: off)", self.grid)
-        _require(0 <= self.equal_fraction <= 1, "distill.equal_fraction", "in [0, 1]",
-                 self.equal_fraction)  # fmt: skip
-        _require(0 <= self.min_interval < 1, "distill.min_interval", "in [0, 1)", self.min_interval)
-        _require(self.max_interval is None or self.max_interval > self.min_interval,
-                 "distill.max_interval", f"above min_interval {self.min_interval} or none",
-                 self.max_interval)  # fmt: skip
-        _require(self.time_std >= 0 and self.aux_time_std >= 0, "time_std and aux_time_std", ">= 0",
-                 (self.time_std, self.aux_time_std))  # fmt: skip
-        for name in (
-            "aux_updates",
-            "student_updates",
-            "student_steps",
-            "micro_batches",
-            "aux_draws_per_sample",
-        ):
-            _require(getattr(self, name) >= 1, f"distill.{name}", ">= 1", getattr(self, name))
-        _require(self.loss_scale >= 0, "distill.loss_scale", ">= 0 (0: off)", self.loss_scale)
-        _require(0 <= self.ema_decay < 1, "distill.ema_decay", "in [0, 1)", self.ema_decay)
-        _require(self.sample_bound > 0, "distill.sample_bound", "> 0", self.sample_bound)
+        super().__post_init__()
+        require(self.max_interval is None or self.max_interval > self.min_interval,
+                "distill.max_interval", f"above min_interval {self.min_interval} or none",
+                self.max_interval)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """The loop around the updates."""
 
-    updates: int = 3000
+    SECTION: ClassVar[str] = "train."
+
+    updates: Count = 3000
     """Student updates in the whole run."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Samples per update, of all ranks together: what a run learns does not depend on them."""
-    log_every: int = 10
+    log_every: Count = 10
     """Metrics are read from the device and written every this many student updates."""
-    preview_every: int = 0
+    preview_every: CountOrOff = 0
     """Draw samples of the student every this many student updates; 0: only at the end."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Send the metrics there too; metrics.jsonl is always written."""
@@ -194,31 +170,27 @@ class TrainConfig:
     """What the student's forward recomputes in its backward: nothing, pointwise operators,
     blocks.
     """
-    checkpoint_every: int = 100
+    checkpoint_every: CountOrOff = 100
     """Write a checkpoint every this many student updates; 0: only at the end or when stopped."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: CountOrOff = 0
     """Also keep, for good, the checkpoints at multiples of this many student updates; 0: none."""
-    max_skipped_in_a_row: int = 20
+    max_skipped_in_a_row: Count = 20
     """Stop when this many updates of a role in a row had a gradient that is not finite."""
     shard: Literal["none", "fsdp"] = "none"
     """Under torchrun: a whole model on every rank, or full copies spread over the ranks."""
 
     def __post_init__(self):
-        for name in ("updates", "batch_size", "log_every", "keep_last", "max_skipped_in_a_row"):
-            _require(getattr(self, name) >= 1, f"train.{name}", ">= 1", getattr(self, name))
-        for name in ("checkpoint_every", "keep_every", "preview_every"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name}", ">= 0 (0: off)", value)
-        _require(not (self.capture and self.shard == "fsdp"), "train.capture",
+        super().__post_init__()
+        require(not (self.capture and self.shard == "fsdp"), "train.capture",
                  "false with train.shard fsdp", self.capture)  # fmt: skip
-        _require(not (self.preview_every and self.shard == "fsdp"), "train.preview_every",
+        require(not (self.preview_every and self.shard == "fsdp"), "train.preview_every",
                  "0 with train.shard fsdp", self.preview_every)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """One distillation run; ``presets.py`` has one subclass for each family of tasks."""
 
     TASK: ClassVar[str] = ""
@@ -248,7 +220,7 @@ class RunConfig:
     """The task: what is distilled, from which teacher, on which conditions."""
     teacher: str = ""
     """The pretrained teacher, a file, folder or hub id; empty: the preset's own."""
-    num_eval_samples: int = 2000
+    num_eval_samples: Count = 2000
     """Samples behind every row of the result table."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """The method."""
@@ -282,26 +254,11 @@ def from_dict(cls: type, tree: dict, path: str = "") -> Any:
     values = {}
     for name, value in tree.items():
         if is_dataclass(hints[name]):
-            _require(isinstance(value, dict), path + name, "a mapping", repr(value))
+            require(isinstance(value, dict), path + name, "a mapping", repr(value))
             values[name] = from_dict(hints[name], value, f"{path}{name}.")
         else:
-            values[name] = _check(hints[name], value, path + name)
+            values[name] = check_type(hints[name], value, path + name)
     return cls(**values)
-
-
-def _check(hint: Any, value: Any, key: str) -> Any:
-    if get_origin(hint) in (Union, UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        _require(value in choices, key, f"one of {list(choices)}", repr(value))
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(type(value) is hint, key, hint.__name__, f"{value!r} ({type(value).__name__})")
-    return value
 
 
 def nearest(name: str, known) -> str:

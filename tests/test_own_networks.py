@@ -314,10 +314,16 @@ def forward_rows(rows, conditions):
             lambda: foreign_optimizers(torch.bfloat16),
             r"optimizers\['student'\] has parameters .*: make it with backbone.parameters_of\('st",
         ),
-        (lambda: DistillConfig(guidance="3"), r"distill.guidance must be float, got '3' \(str\)"),
-        (lambda: DistillConfig(aux_updates=2.0), r"distill.aux_updates must be int, got 2.0"),
+        (
+            lambda: DistillConfig(guidance="3"),
+            r"guidance must be a number, got '3' \(str\)",
+        ),
+        (
+            lambda: DistillConfig(aux_updates=2.0),
+            "aux_updates must be a whole number, got 2.0",
+        ),
         (lambda: DistillConfig(student_optim=3e-4), "distill.student_optim must be a OptimConfig"),
-        (lambda: OptimConfig(lr="1e-4"), r"lr must be float, got '1e-4' \(str\)"),
+        (lambda: OptimConfig(lr="1e-4"), r"lr must be a number, got '1e-4' \(str\)"),
         (lambda: OptimConfig(kind="lion"), "kind must be one of"),
     ],
 )

@@ -172,7 +172,7 @@ def run_small(change=lambda x, t, cond: (x, t, cond), **options):
         (lambda: small(dropout=0.1), "dropout other than 0.0 is not supported"),
         (lambda: small(qk_norm="rms_norm"), "qk_norm must be one of .*, got 'rms_norm'"),
         (lambda: small(attention_head_dim=12), r"attention_head_dim must be one of \[4, 8, .* 12"),
-        (lambda: small(num_layers=0), "num_layers must be a whole number >= 1, got 0"),
+        (lambda: small(num_layers=0), "num_layers must be >= 1, got 0"),
         (lambda: small(num_cross_attention_heads=None), "num_cross_attention_heads must .* None"),
         (lambda: small(cross_attention_dim=48), "cross_attention_dim must be .* 64.*; got 48"),
         (lambda: small(out_channels=8), "out_channels must equal in_channels 4.*; got 8"),

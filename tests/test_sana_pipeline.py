@@ -1,5 +1,6 @@
 """Out of the run and into diffusers: the student's sampler, its LoRA file, the decoded images."""
 
+import inspect
 import json
 import re
 
@@ -20,7 +21,7 @@ from mfd_fast.models.sana.lora_files import (
     save_comfyui_lora,
     save_diffusers_lora,
 )
-from mfd_fast.models.sana.sampler import SCHEDULER, SOLVER, load_schedule
+from mfd_fast.models.sana.sampler import EXPECTED, SCHEDULER, SOLVER, load_schedule, schedule_of
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
 
 from numerics import assert_as_accurate
@@ -230,3 +231,30 @@ def test_another_sampler_is_refused_by_its_entry(tmp_path, checkpoint, entry, va
     (tmp_path / SCHEDULER).write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=re.escape(f"scheduler has {entry}={value!r}")):
         load_schedule(tmp_path)
+
+
+@pytest.mark.parametrize("entry", sorted(EXPECTED))
+def test_an_entry_that_is_not_there_means_what_diffusers_takes(entry, checkpoint):
+    """The same schedule as with the class's default written out, or refused as that is."""
+    entries = json.loads((checkpoint / SCHEDULER).read_text())
+    parameters = inspect.signature(diffusers.DPMSolverMultistepScheduler).parameters
+    default = None if entry == "_class_name" else parameters[entry].default
+    absent = {key: value for key, value in entries.items() if key != entry}
+    if default == EXPECTED[entry]:
+        assert schedule_of(absent)(4) == schedule_of(entries)(4)
+    else:
+        for told in (absent, entries | {entry: default}):
+            with pytest.raises(ValueError, match=f"scheduler has {entry}={default!r}"):
+                schedule_of(told)
+
+
+def test_the_other_entries_of_a_scheduler_are_diffusers_defaults_and_numbers(checkpoint):
+    entries = json.loads((checkpoint / SCHEDULER).read_text())
+    parameters = inspect.signature(diffusers.DPMSolverMultistepScheduler).parameters
+    for key in ("flow_shift", "num_train_timesteps"):
+        absent = {name: value for name, value in entries.items() if name != key}
+        told = entries | {key: parameters[key].default}
+        assert schedule_of(absent)(4) == schedule_of(told)(4)
+        for wrong in (0, -1, float("nan"), float("inf"), "3", None, True):
+            with pytest.raises(ValueError, match=f"{key}={wrong!r}"):
+                schedule_of(entries | {key: wrong})

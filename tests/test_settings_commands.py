@@ -44,7 +44,7 @@ def test_a_printed_config_is_a_config_file(name, tmp_path, capsys):
     ("text", "message"),
     [
         ("distill:\n  stepsize: 0.1\n", "unknown config key 'distill.stepsize'; .*'step_size'"),
-        ("distill:\n  step_size: small\n", "distill.step_size must be float, got 'small'"),
+        ("distill:\n  step_size: small\n", "distill.step_size must be a number, got 'small'"),
         ("preset: sana-tiny\n", "is of preset 'sana-tiny', not of 'digits'"),
         ("- 1\n", "must hold a mapping"),
         ("a: [\n", "is not YAML"),

@@ -5,8 +5,10 @@ DATA/nuscenes/nuscenes_infos_{train,val}_temporal_v3_scene.pkl   scenes, order, 
 DATA/nusc_latent_vae/<size>/nus_sem_occ_{training,validation}.pkl  latents of a VAE, one a frame
 """
 
+import math
 import os
 import pickle
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +20,10 @@ import numpy as np
 from mfd_fast.data.occupancy import CLASSES, SPLITS
 from mfd_fast.data.plain_pickle import load_plain_pickle
 
-NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
+# zipfile's for a method or a flag that it does not know is the last one.
+NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, RuntimeError)
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MAX_GRID_BYTES = 1 << 26  # of a key frame; 512 x 512 x 40 ids of four bytes are 40 MiB
 
 
 class KeyFrame(NamedTuple):
@@ -57,8 +62,7 @@ def read_labels(path: Path) -> np.ndarray:
             f"expected the labels of a key frame at {path}, found none; copy the missing frame"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            grid = file["semantics"]
+        grid = _array_of(path, "semantics")
     except NPZ_ERRORS as error:
         raise ValueError(
             f"expected an array 'semantics' in {path}, got {path.stat().st_size} bytes without a "
@@ -75,6 +79,26 @@ def read_labels(path: Path) -> np.ndarray:
             f"{grid.max()}; these are not Occ3D-nuScenes labels"
         )
     return grid.astype(np.uint8)
+
+
+def _array_of(path: Path, name: str) -> np.ndarray:
+    """An array of an ``.npz``: a zip file of ``.npy`` files.
+
+    Its header may claim any shape, and deflate holds a thousand zeros in a byte: what is more than
+    a grid is refused before there is room for it.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        if archive.getinfo(file.name).compress_type not in ZIP_METHODS:
+            raise ValueError("it is compressed by another method than numpy's")
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"an array's header has version {version} instead of (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if (size := math.prod(shape) * dtype.itemsize) > MAX_GRID_BYTES:
+            raise ValueError(
+                f"its header claims {size} bytes, more than the {MAX_GRID_BYTES} of a grid here"
+            )
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def read_key_frames(path: Path) -> list[KeyFrame]:
@@ -113,13 +137,16 @@ def _key_frame(entry: Any, scene: Any, position: int, path: Path) -> KeyFrame:
         raise ValueError(
             f"expected gt_ego_fut_trajs of shape [steps, 2] in {where}, got {list(steps.shape)}"
         )
-    return KeyFrame(str(scene), str(entry["token"]), steps[0].astype(np.float32))
+    if not isinstance(scene, str) or not isinstance(entry["token"], str):
+        raise ValueError(f"expected texts as scene and token of {where}, got "
+                         f"{_describe(scene)} and {_describe(entry['token'])}")  # fmt: skip
+    return KeyFrame(scene, entry["token"], steps[0].astype(np.float32))
 
 
 def read_latents(path: Path) -> dict[str, np.ndarray]:
-    """Token -> latent float32 ``[C, h, w]`` of that key frame, unscaled, views into the pickle.
+    """Token -> latent ``[C, h, w]`` of that key frame, unscaled, floats, views into the pickle.
 
-    The whole file is held in memory.
+    The whole file is held in memory, once.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -153,9 +180,11 @@ def _latent(entry: Any, where: str) -> tuple[str, np.ndarray]:
         raise ValueError(
             f"expected x_sampled of shape [1, C, h, w] in {where}, got {list(value.shape)}"
         )
-    if not np.isfinite(value).all():
-        raise ValueError(f"expected finite latents in {where}, got infinite or NaN values")
-    return _token(entry["gt_path"], where), value[0].astype(np.float32, copy=False)
+    if value.dtype.kind != "f" or not np.isfinite(value).all():
+        raise ValueError(
+            f"expected finite latents in {where}, got {value.dtype}, infinite or NaN values"
+        )
+    return _token(entry["gt_path"], where), value[0]
 
 
 def _token(gt_path: Any, where: str) -> str:
@@ -165,7 +194,8 @@ def _token(gt_path: Any, where: str) -> str:
     parts = gt_path.split("/") if isinstance(gt_path, str) else []
     if len(parts) < 3 or parts[-1] != "labels.npz":
         raise ValueError(
-            f"expected a gt_path ending in <scene>/<token>/labels.npz in {where}, got {gt_path!r}"
+            f"expected a gt_path ending in <scene>/<token>/labels.npz in {where}, got "
+            f"{reprlib.repr(gt_path)}"
         )
     return parts[-2]
 
@@ -182,7 +212,7 @@ def _numbers(value: Any, what: str) -> np.ndarray:
 
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
-        return f"a dict with {sorted(map(str, value))[:8]}"
+        return f"a dict with {sorted(key for key in value if isinstance(key, str))[:8]}"
     return f"a {type(value).__name__}" + (f" of {len(value)}" if hasattr(value, "__len__") else "")
 
 

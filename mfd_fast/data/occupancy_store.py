@@ -27,6 +27,7 @@ from mfd_fast.data.occupancy_files import (
     read_labels,
     read_latents,
 )
+from mfd_fast.plain_files import read_json
 
 FORMAT = 1
 INDEX = "index.json"
@@ -51,6 +52,13 @@ class OccupancyStore:
         self.scenes: list[tuple[str, int]] = [tuple(scene) for scene in index["scenes"]]
         self._expected: dict[str, dict[str, Any]] = index["arrays"]
         self.arrays = {name: self._map(name) for name in self._expected}
+        if not all(type(n) is int and n > 0 for _, n in self.scenes) or any(
+            len(array) != self.num_frames for array in self.arrays.values()
+        ):
+            raise ValueError(
+                f"the scenes in {self.folder / INDEX} do not have the key frames of the arrays "
+                "beside it; run mfd-fast prepare occfm again"
+            )
 
     @property
     def num_frames(self) -> int:
@@ -91,13 +99,13 @@ class OccupancyStore:
                 "mfd-fast prepare occfm --data DIR --out STORE"
             )
         try:
-            index = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            index = read_json(path)
+        except ValueError as error:
             raise ValueError(f"expected JSON in {path}, got something else ({error})") from error
-        if index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        if found != FORMAT:
             raise ValueError(
-                f"expected format {FORMAT} in {path}, got {index.get('format')}; run mfd-fast "
-                "prepare occfm again"
+                f"expected format {FORMAT} in {path}, got {found}; run mfd-fast prepare occfm again"
             )
         return index
 
@@ -167,7 +175,7 @@ def convert_split(
             grids = (read_labels(labels_path(data, f.scene, f.token)) for f in frames)
             arrays["labels"] = _write(partial, "labels", grids, len(frames))
         if latents is not None:
-            rows = (latents[f.token] for f in frames)
+            rows = (latents[f.token].astype(np.float32, copy=False) for f in frames)
             arrays["latents"] = _write(partial, "latents", rows, len(frames))
         index = {"format": FORMAT, "scenes": _runs(frames), "arrays": arrays}
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")

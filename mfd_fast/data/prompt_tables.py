@@ -1,18 +1,22 @@
 """Prompts from Parquet and Arrow tables: read through a memory map, never held.
 
 Parquet is compressed and has no row at a known place, so its column of prompts is first copied to
-a temporary Arrow file.
+a temporary Arrow file, in steps of a few rows: a few bytes may stand for a million equal ones.
 """
 
-import json
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mfd_fast.data.prompts import BadPromptError, PromptSource, checked_prompt, choose_key
+from mfd_fast.plain_files import read_json
 
-ROWS = 1024  # read at a time when a column is copied
+ROWS = 16  # read at a time when a column is copied
+COPY_BYTES = 1 << 22  # written at a time
+MAX_EXPANSION = 256  # bytes of text and places for one of Parquet
+SMALL = 1 << 26  # bytes that any Parquet file may come to
 SPLIT = "train"
 
 
@@ -52,17 +56,12 @@ class Table:
         arrow = _pyarrow()
         self.name = name
         try:
-            tables = [
-                arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all() for file in files
-            ]
-        except arrow.ArrowInvalid as error:
+            chunks = [chunk for file in files for chunk in _read_column(arrow, file, column)]
+        except (arrow.ArrowInvalid, arrow.ArrowSerializationError, OSError) as error:
             raise ValueError(
                 f"{name} is not a complete Arrow file ({error}); copy it again"
             ) from None
-        column = check_column(name, tables[0].schema, column)
-        self._rows = arrow.chunked_array(
-            [chunk for table in tables for chunk in table.column(column).chunks]
-        )
+        self._rows = arrow.chunked_array(chunks)
 
     def records(self) -> Iterator[tuple[int, int, Any]]:
         return ((row, row + 1, self._rows[row]) for row in range(len(self._rows)))
@@ -85,7 +84,7 @@ class ParquetColumn(Table):
         arrow = _pyarrow()
         self._copy = tempfile.NamedTemporaryFile(suffix=".arrow")  # noqa: SIM115
         try:
-            with arrow.parquet.ParquetFile(files[0]) as first:
+            with _open_parquet(arrow, files[0]) as first:
                 column = check_column(name, first.schema_arrow, column)
             schema = arrow.schema([(column, arrow.large_string())])
             with arrow.ipc.new_stream(self._copy.name, schema) as out:
@@ -96,11 +95,70 @@ class ParquetColumn(Table):
         super().__init__(name, [Path(self._copy.name)], column)
 
 
+def _open_parquet(arrow: Any, file: Path) -> Any:
+    """The file; a list or text in its footer has at most as many parts as the file has bytes."""
+    size = max(1, file.stat().st_size)
+    return arrow.parquet.ParquetFile(
+        file, thrift_string_size_limit=size, thrift_container_size_limit=size
+    )
+
+
 def _copy_column(arrow: Any, file: Path, column: str, schema: Any, out: Any) -> None:
-    with arrow.parquet.ParquetFile(file) as parquet:
+    left = max(SMALL, MAX_EXPANSION * file.stat().st_size)
+    with _open_parquet(arrow, file) as parquet:
         check_column(str(file), parquet.schema_arrow, column)
+        rows, held = [], 0
         for batch in parquet.iter_batches(batch_size=ROWS, columns=[column]):
-            out.write_batch(batch.cast(schema))
+            rows.append(batch.cast(schema))
+            held += rows[-1].nbytes
+            left -= rows[-1].nbytes
+            if left < 0:
+                raise ValueError(
+                    f"{file} stands for more than {MAX_EXPANSION} bytes of text for each of its "
+                    "own; leave out the repeated prompts, or give them as .txt"
+                )
+            if held > COPY_BYTES:
+                out.write_table(arrow.Table.from_batches(rows).combine_chunks())
+                rows, held = [], 0
+        if rows:
+            out.write_table(arrow.Table.from_batches(rows).combine_chunks())
+
+
+def _read_column(arrow: Any, file: Path, column: str | None) -> list[Any]:
+    """The chunks of one column of an Arrow stream, in the memory map; no other column is read."""
+    source = arrow.memory_map(str(file))
+    for message in arrow.ipc.MessageReader.open_stream(source):
+        if message.type == "record batch" and _is_compressed(message.metadata.to_pybytes()):
+            raise ValueError(f"{file} is compressed; write it with datasets' save_to_disk")
+    source.seek(0)
+    schema = arrow.ipc.open_stream(source).schema
+    place = schema.get_field_index(check_column(str(file), schema, column))
+    source.seek(0)
+    options = arrow.ipc.IpcReadOptions(included_fields=[place])
+    chunks = arrow.ipc.open_stream(source, options=options).read_all().column(0).chunks
+    for chunk in chunks:
+        chunk.validate()
+    return chunks
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a record batch's flatbuffer has the table ``compression``.
+
+    Source: Arrow's Message.fbs (field 2, the header) and RecordBatch in it (field 3).
+    """
+
+    def field(table: int, number: int) -> int:
+        """Where the field of a table lies; 0 if it has none."""
+        vtable = table - struct.unpack_from("<i", metadata, table)[0]
+        entry = 4 + 2 * number
+        has_entry = entry < struct.unpack_from("<H", metadata, vtable)[0]
+        offset = struct.unpack_from("<H", metadata, vtable + entry)[0] if has_entry else 0
+        return table + offset if offset else 0
+
+    def follow(place: int) -> int:
+        return place + struct.unpack_from("<I", metadata, place)[0]
+
+    return field(follow(field(follow(0), 2)), 3) != 0
 
 
 def check_column(name: str, schema: Any, column: str | None) -> str:
@@ -118,7 +176,7 @@ def check_column(name: str, schema: Any, column: str | None) -> str:
 def _arrow_files(folder: Path) -> list[Path]:
     """The files of a saved data set, in its order; empty if the folder is no such data set."""
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _entry(folder / "dataset_dict.json", "splits")
         if SPLIT not in splits and len(splits) != 1:
             raise ValueError(
                 f"{folder} has the splits {splits}; give the folder of one of them, "
@@ -127,12 +185,24 @@ def _arrow_files(folder: Path) -> list[Path]:
         folder = folder / (SPLIT if SPLIT in splits else splits[0])
     if not (folder / "state.json").is_file():
         return []
-    names = [
-        file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]
-    ]
+    try:
+        names = [str(file["filename"]) for file in _entry(folder / "state.json", "_data_files")]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'state.json'} is broken ({error!r}); copy it again") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {missing} of its files; copy it again")
     return [folder / name for name in names]
+
+
+def _entry(path: Path, key: str) -> list[Any]:
+    """A list that is not empty, under the key of a JSON object."""
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(found, dict) or not isinstance(found.get(key), list) or not found[key]:
+        raise ValueError(f"{path} must have a list under {key!r}; copy it again")
+    return found[key]
 
 
 def _arrow_files_of_hub(dataset_id: str) -> list[Path]:

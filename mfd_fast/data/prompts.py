@@ -15,13 +15,14 @@ fields, a header).  Refused with their line number: bytes that are not UTF-8, NU
 than ``MAX_BYTES`` a line, JSON without the prompt.
 """
 
-import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
+
+from mfd_fast.plain_files import parse_json
 
 MAX_BYTES = 1 << 18  # of a line; 300 tokens are some 2 KB
 KEYS = ("prompt", "text", "caption")  # the first of these that is there, unless a key is given
@@ -179,8 +180,8 @@ class JsonLine:
 
     def __call__(self, line: str) -> str:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise BadPromptError(f"not JSON ({error})") from None
         if not isinstance(row, dict):
             raise BadPromptError(f"expected a JSON object, got a {type(row).__name__}")

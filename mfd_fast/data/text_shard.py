@@ -92,7 +92,8 @@ def read_lengths(path: Path, *, prompts: int, owner: bytes, dim: int) -> np.ndar
         file.seek(max(0, size - trailer))
         data = file.read()
     lengths = np.frombuffer(data[: prompts * LENGTH_BYTES], dtype="<i4") if size >= trailer else []
-    if size < trailer or size != int(np.sum(lengths, dtype=np.int64)) * dim * TOKEN_BYTES + trailer:
+    tokens = int(np.sum(lengths, dtype=np.int64)) if np.all(np.asarray(lengths) > 0) else -1
+    if size < trailer or size != tokens * dim * TOKEN_BYTES + trailer:
         raise ValueError(f"{path} is broken: {size} bytes do not fit its {prompts} prompts{_MEND}")
     if data[-2 * CHECKSUM_BYTES : -CHECKSUM_BYTES] != owner:
         raise ValueError(f"{path} belongs to another store, or is broken{_MEND}")

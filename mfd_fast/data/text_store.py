@@ -30,6 +30,7 @@ from mfd_fast.data.text_shard import (
     read_lengths,
     verify_shard,
 )
+from mfd_fast.plain_files import read_json
 
 FORMAT = 1
 HEADER, NULL = "header.json", "null.bin"
@@ -72,12 +73,16 @@ class TextStore:
         self.path = Path(path)
         self.header = read_header(self.path)
         self._dim, self._shard_size = self.header["encoder"]["dim"], self.header["shard_size"]
-        shards = shard_sizes(self.header)
-        if missing := [name for name in shards if not (self.path / name).is_file()]:
+        there = {file.name for file in self.path.iterdir() if file.is_file()}
+        num_shards = 1 + -(-self.header["prompts"]["count"] // self._shard_size)
+        missing = next((n for n in map(shard_name, range(num_shards - 1)) if n not in there), None)
+        if missing or NULL not in there:
+            held = len(there & {NULL, *map(shard_name, range(min(num_shards, len(there))))})
             raise ValueError(
-                f"{self.path} is not complete: {len(missing)} of {len(shards)} shards are missing, "
-                f"{missing[0]} first; repeat mfd-fast encode-prompts to go on"
+                f"{self.path} is not complete: {num_shards - held} of {num_shards} shards are "
+                f"missing, {missing or NULL} first; repeat mfd-fast encode-prompts to go on"
             )
+        shards = shard_sizes(self.header)
         lengths = [_lengths(self.path / name, n, self.header) for name, n in shards.items()]
         if verify:
             for name in shards:
@@ -191,15 +196,23 @@ def read_header(path: Path) -> dict[str, Any]:
             f"{path} is no text store: it has no {HEADER}. mfd-fast encode-prompts makes one"
         )
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
+        header = read_json(file)
         is_whole = header == _sealed(header)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is broken ({error}); encode the prompts again") from None
-    if not is_whole or header.get("format") != FORMAT:
+    if not is_whole or header.get("format") != FORMAT or not _has_counts(header):
         raise ValueError(
             f"{file} is broken or of another format than {FORMAT}; encode the prompts again"
         )
     return header
+
+
+def _has_counts(header: dict[str, Any]) -> bool:
+    try:
+        counts = (header["prompts"]["count"], header["shard_size"], header["encoder"]["dim"])
+    except (KeyError, TypeError):
+        return False
+    return all(type(count) is int and count > 0 for count in counts)
 
 
 def _sealed(header: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Files of named tensors that others made, and small heads whose weights they hold."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mfd_fast.data.torch_file import load_torch_file
 from mfd_fast.metrics.pretrained import first_line
 
 WRAPPERS = ("state_dict", "model")  # what trainers put around the weights
@@ -19,7 +18,7 @@ HEAD_DROPOUT = (0.2, 0.2, 0.1)  # not used, but it has a place among the layers'
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of one that ``torch.save`` wrote, by name.
 
-    A file of torch is read with ``weights_only=True``: it runs no code.
+    A file of torch runs no code (:mod:`mfd_fast.data.torch_file`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,11 +30,9 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{file} is broken or holds more than tensors ({first_line(error)}); copy it again"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is broken ({first_line(error)}); copy it again") from error
+    content = load_torch_file(file)
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfd_fast.models.weight_file import load_network, save_weights
+from mfd_fast.settings import Count, Settings
 
 # Times run over [0, 1]; the usual frequencies of a sinusoidal embedding expect 0 to 1000.
 TIME_SCALE = 1000.0
@@ -27,40 +28,40 @@ MODULATIONS_PER_BLOCK = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(Settings):
     """Size of a ``DiT``.  The defaults are the packaged digits teacher: 0.33 M parameters."""
 
-    image_size: int = 8
+    SECTION: ClassVar[str] = "DiTConfig."
+
+    image_size: Count = 8
     """Height and width of an image in pixels."""
 
-    channels: int = 1
+    channels: Count = 1
     """Channels of an image."""
 
-    patch_size: int = 2
+    patch_size: Count = 2
     """Side of the square of pixels that makes one token."""
 
-    width: int = 64
+    width: Count = 64
     """Features of a token; a multiple of 4 (two coordinates, sine and cosine)."""
 
-    depth: int = 4
+    depth: Count = 4
     """Transformer blocks."""
 
-    heads: int = 4
+    heads: Count = 4
     """Attention heads; they share the width equally."""
 
-    mlp_ratio: int = 4
+    mlp_ratio: Count = 4
     """Hidden features of the MLP, in widths."""
 
-    num_classes: int = 10
+    num_classes: Count = 10
     """Classes; the label ``num_classes`` is one more, the null class of guidance."""
 
     second_time: bool = False
     """Whether the network also takes the earlier time that a flow map goes to."""
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "second_time" and value < 1:
-                raise ValueError(f"DiTConfig.{name} must be >= 1, got {value}")
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"DiTConfig.image_size must be a multiple of patch_size {self.patch_size}, "

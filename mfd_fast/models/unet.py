@@ -8,7 +8,7 @@ MFD paper says of its own only that it is a UNet of about 42 M parameters (D.1).
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mfd_fast.models.dit import frequency_table, time_waves
 from mfd_fast.models.weight_file import load_network, save_weights
+from mfd_fast.settings import Count, Decay, Settings
 
 GROUPS = 32
 HEAD_CHANNELS = 64
@@ -23,34 +24,37 @@ EMBEDDING_RATIO = 4  # width of the time features, in base channels
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(Settings):
     """Size of a ``UNet``.  The defaults are the CIFAR-10 network."""
 
-    image_size: int = 32
+    SECTION: ClassVar[str] = "UNetConfig."
+
+    image_size: Count = 32
     """Height and width of an image in pixels."""
 
-    channels: int = 3
+    channels: Count = 3
     """Channels of an image."""
 
-    width: int = 128
+    width: Count = 128
     """Channels of the finest level; a multiple of 32."""
 
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of every level, in widths; each level halves the resolution."""
 
-    blocks: int = 2
+    blocks: Count = 2
     """Residual blocks of a level on the way down; one more on the way up."""
 
     attention_levels: tuple[int, ...] = (1, 2, 3)
     """Levels with attention after every block, counted from 0."""
 
-    dropout: float = 0.0
+    dropout: Decay = 0.0
     """Share of activations dropped inside a block in training mode."""
 
     second_time: bool = False
     """Whether the network also takes the earlier time that a flow map goes to."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("multipliers", "attention_levels"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.width < GROUPS or self.width % GROUPS:
@@ -61,8 +65,6 @@ class UNetConfig:
                 f"UNetConfig.image_size must be a multiple of {smallest} for "
                 f"{len(self.multipliers)} levels, got {self.image_size}"
             )
-        if self.blocks < 1:
-            raise ValueError(f"UNetConfig.blocks must be >= 1, got {self.blocks}")
 
 
 class UNet(nn.Module):

@@ -6,15 +6,20 @@ give the same bytes.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mfd_fast.plain_files import parse_json
 
 HEADER_KEY = "mfd_fast"
+SPARE_PARAMETERS = 1000  # so many a network may have that a file lacks, for the error to name one
 
 
 def save_weights(
@@ -62,8 +67,8 @@ def load_weights(
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER_KEY, "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(text)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        header = parse_json(text)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"expected a complete {kind} weights file at {path}, got {path.stat().st_size} bytes "
             f"that do not read as one ({error}); copy or train it again"
@@ -74,7 +79,10 @@ def load_weights(
             f"expected {kind} weights in {path}, got a file with {found!r}; give the path of a "
             f"file written by save_{kind}"
         )
-    return tensors, header["config"], header["metadata"]
+    config, metadata = header.get("config"), header.get("metadata")
+    if not isinstance(config, dict) or not isinstance(metadata, dict):
+        raise ValueError(f"the header of {path} has no config or metadata; copy or train it again")
+    return tensors, config, metadata
 
 
 def load_network(path: str | Path, kind: str, config: type, network: type) -> Any:
@@ -83,19 +91,45 @@ def load_network(path: str | Path, kind: str, config: type, network: type) -> An
     Raises: as :func:`load_weights`, and ``ValueError`` if the file does not fit its own config.
     """
     tensors, entries, _ = load_weights(path, kind=kind)
+    entries = {name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()}
     try:
-        model = network(config(**entries))
-    except TypeError as error:
+        sizes = config(**entries)
+        expected = outline(lambda: network(sizes), len(tensors))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"expected the config of a {network.__name__} in {path}, got {entries}; the file may "
             f"come from another version of mfd_fast, write it again ({error})"
         ) from error
-    load_into(model, tensors, path)
+    check_fit(expected, tensors, path)
+    model = network(sizes)
+    model.load_state_dict(tensors)
     return model.eval()
 
 
-def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy ``tensors`` into ``network``; ``ValueError`` when names or shapes differ."""
+def outline(make: Callable[[], nn.Module], num_tensors: int) -> nn.Module:
+    """The network without memory for it, to be compared with a file before it is made.
+
+    Its sizes come from a config, which may claim anything: ``ValueError`` as soon as it has many
+    more parameters than the file has tensors.
+    """
+    left = 2 * num_tensors + SPARE_PARAMETERS
+
+    def at_most(*_module_name_and_parameter: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"the config asks for far more than the {num_tensors} tensors there")
+
+    hook = register_module_parameter_registration_hook(at_most)
+    try:
+        with torch.device("meta"):
+            return make()
+    finally:
+        hook.remove()
+
+
+def check_fit(network: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """``ValueError`` when names or shapes of ``tensors`` are not those of ``network``."""
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if different := sorted(expected.items() ^ found.items()):
@@ -104,4 +138,3 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: str | Pat
             f"expected {name} of shape {expected.get(name, 'none')} in {path} to fit the config of "
             f"the same file, got {found.get(name, 'none')}; copy or train the file again"
         )
-    network.load_state_dict(tensors)

@@ -19,6 +19,7 @@ from mfd_fast.data.cifar10 import load_cifar10, to_unit_range
 from mfd_fast.flow import sample_times
 from mfd_fast.models.unet import UNet, UNetConfig, save_unet
 from mfd_fast.ops import interpolate_with_target
+from mfd_fast.settings import Count, CountOrOff, Decay, Positive
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.occfm_pretrain import FitConfig, fit
 
@@ -31,21 +32,21 @@ class Cifar10Pretrain(FitConfig):
 
     data: str = ""
     """Folder of the unpacked CIFAR-10 archive, python or binary version."""
-    updates: int = 400_000
+    updates: Count = 400_000
     """Updates in all."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images of an update."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate after the warm-up."""
-    warmup_updates: int = 5000
+    warmup_updates: CountOrOff = 5000
     """Updates over which the learning rate rises linearly."""
-    ema_decay: float = 0.9999
+    ema_decay: Decay = 0.9999
     """Decay of the average of the weights, which is what is kept."""
-    width: int = UNetConfig.width
+    width: Count = UNetConfig.width
     """Channels of the finest level."""
-    blocks: int = UNetConfig.blocks
+    blocks: Count = UNetConfig.blocks
     """Residual blocks of a level."""
-    dropout: float = 0.1
+    dropout: Decay = 0.1
     """Share of activations dropped in training."""
 
 

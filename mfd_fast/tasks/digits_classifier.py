@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfd_fast.models.weight_file import load_into, load_weights, save_weights
+from mfd_fast.models.weight_file import check_fit, load_weights, save_weights
 
 NUM_CLASSES = 10
 NUM_FEATURES = 64
@@ -125,5 +125,6 @@ def read_classifier(path: str | Path) -> DigitsClassifier:
     """Read what ``save_classifier`` wrote; errors as in ``load_dit``."""
     tensors, _, _ = load_weights(path, kind="classifier")
     classifier = DigitsClassifier()
-    load_into(classifier, tensors, path)
+    check_fit(classifier, tensors, path)
+    classifier.load_state_dict(tensors)
     return classifier.eval()

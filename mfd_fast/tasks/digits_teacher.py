@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,18 @@ from mfd_fast.data.digits import load_digits
 from mfd_fast.flow import sample_times
 from mfd_fast.models.dit import DiT, DiTConfig, load_dit, save_dit
 from mfd_fast.ops import interpolate_with_target
+from mfd_fast.settings import (
+    MAX_INT,
+    Count,
+    CountOrOff,
+    Decay,
+    NotNegative,
+    Number,
+    Positive,
+    Range,
+    Seed,
+    Settings,
+)
 from mfd_fast.tasks.digits_classifier import (
     DigitsClassifier,
     read_classifier,
@@ -32,80 +44,66 @@ from mfd_fast.tasks.digits_eval import evaluate_digits, teacher_samplers
 PACKAGED = Path(__file__).parents[1] / "models" / "weights"
 FILES = ("teacher.safetensors", "classifier.safetensors", "metrics.json")
 LOSS_WINDOW = 100  # updates behind one number of the loss history
+SampleCount = Annotated[int, Range(">= 4 (nearest neighbours)", 4, MAX_INT)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Training of the digits teacher and of its classifier.  The defaults made what ships."""
 
-    updates: int = 6000
+    updates: Count = 6000
     """Updates of the teacher."""
 
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images in one update of the teacher or the classifier."""
 
-    lr: float = 6e-3
+    lr: Positive = 6e-3
     """Learning rate of the teacher after its warm-up; a cosine takes it to 0."""
 
-    warmup_updates: int = 200
+    warmup_updates: CountOrOff = 200
     """Updates over which the teacher's learning rate rises linearly."""
 
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay of the teacher."""
 
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     """Decay of the average of the teacher's weights; the average is what is kept."""
 
-    label_dropout: float = 0.1
+    label_dropout: Decay = 0.1
     """Share of labels replaced by the null class, which guidance needs."""
 
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the training times t."""
 
-    time_mean: float = 0.0
+    time_mean: Number = 0.0
     """Mean of the normal variable inside the logit-normal."""
 
-    time_std: float = 1.0
+    time_std: NotNegative = 1.0
     """Its standard deviation."""
 
-    width: int = DiTConfig.width
+    width: Count = DiTConfig.width
     """Features of a token of the teacher."""
 
-    depth: int = DiTConfig.depth
+    depth: Count = DiTConfig.depth
     """Blocks of the teacher."""
 
-    heads: int = DiTConfig.heads
+    heads: Count = DiTConfig.heads
     """Attention heads of the teacher."""
 
-    classifier_updates: int = 1000
+    classifier_updates: Count = 1000
     """Updates of the classifier."""
 
-    classifier_lr: float = 3e-3
+    classifier_lr: Positive = 3e-3
     """Largest learning rate of the classifier's one-cycle schedule."""
 
-    guidance: float = 2.0
+    guidance: Number = 2.0
     """Guidance scale at which the teacher is measured."""
 
-    num_samples: int = 2000
+    num_samples: Annotated[int, Range(">= 4 (nearest neighbours)", 4, MAX_INT)] = 2000
     """Samples in each row of the measurement."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the initial weights, the batches, the noise and the measurement."""
-
-    def __post_init__(self):
-        for name in ("updates", "batch_size", "classifier_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PretrainConfig.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("ema_decay", "label_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"PretrainConfig.{name} must be in [0, 1), got {getattr(self, name)}"
-                )
-        if self.num_samples < 4:
-            raise ValueError(
-                f"PretrainConfig.num_samples must be >= 4 (nearest neighbours), "
-                f"got {self.num_samples}"
-            )
 
 
 def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Nothing is loaded that is not packaged: a SANA that is no local folder has its published sizes.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from mfd_fast.cost.cycle import is_interval
 from mfd_fast.float8 import use_float8
 from mfd_fast.networks import names_of
 from mfd_fast.objectives import make_objective
+from mfd_fast.plain_files import read_json
 from mfd_fast.tasks import check_samples
 
 LATENT_SHRINK = 32  # pixels to a latent pixel in SANA's autoencoder
@@ -135,7 +135,7 @@ def sana_sizes(teacher: str) -> tuple[Any, int]:
         return sizes, sizes.sample_size * LATENT_SHRINK
     path = Path(teacher) / "transformer" / "config.json"
     if path.is_file():
-        sizes = SanaConfig.from_dict(json.loads(path.read_text()))
+        sizes = SanaConfig.from_dict(read_json(path))
         return sizes, sizes.sample_size * sizes.patch_size * LATENT_SHRINK
     resolution = next((side for side in (512, 1024, 2048) if f"{side}px" in teacher), 1024)
     if "_600M" in teacher:  # and not _1600M

@@ -34,6 +34,7 @@ from mfd_fast.models.occfm.vae import OccupancyVae
 from mfd_fast.models.occfm.vae_config import VAE_CONFIGS
 from mfd_fast.models.occfm.vae_loss import vae_loss
 from mfd_fast.ops import interpolate_with_target
+from mfd_fast.settings import Count, CountOrOff, Decay, NotNegative, Positive, Seed, Settings
 from mfd_fast.tasks.device import pick_device
 
 VAE, TEACHER = "vae.safetensors", "teacher.safetensors"
@@ -44,32 +45,25 @@ UNDECAYED = ("ln", "norm")  # parts of the names of parameters without weight de
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Settings):
     """The optimization of one network."""
 
-    updates: int = 1000
+    updates: Count = 1000
     """Updates in all."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Frames or windows of an update."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate after the warm-up."""
-    warmup_updates: int = 100
+    warmup_updates: CountOrOff = 100
     """Updates over which the learning rate rises linearly; the published runs take 1,000."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay; none for gains and adaptive norms."""
-    ema_decay: float = 0.0
+    ema_decay: Decay = 0.0
     """Decay of the running average that is kept in place of the weights; 0: no average."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes cuda if there is one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds initial weights, batches, noise."""
-
-    def __post_init__(self):
-        if self.updates < 1 or self.batch_size < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                "expected updates >= 1, batch_size >= 1 and ema_decay in [0, 1); got "
-                f"{self.updates}, {self.batch_size} and {self.ema_decay}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +84,9 @@ class TeacherPretrain(FitConfig):
     """Store with latents, from mfd-fast prepare occfm."""
     model: Literal["tiny", "occfm", "occfm_fut", "occfm_4c", "occfm_8c", "occfm_64c"] = "tiny"
     """Sizes of the network."""
-    ema_decay: float = 0.99
+    ema_decay: Decay = 0.99
     """Decay of the running average that is kept; the published runs take 0.9999."""
-    history_dropout: float = 0.2
+    history_dropout: Decay = 0.2
     """Share of windows whose history is hidden, which guidance needs."""
 
 

@@ -5,66 +5,71 @@ size is the same in all of them.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mfd_fast.models.occfm.embeddings import MAX_FRAMES
+from mfd_fast.settings import Count, CountOrOff, Number, Positive, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class OccfmConfig:
+class OccfmConfig(Settings):
     """Sizes of a transition network and of the windows it sees; defaults: the main model.
 
     ``ValueError`` names the field that does not fit.
     """
 
-    latent_channels: int = 16
+    SECTION: ClassVar[str] = "OccfmConfig."
+
+    latent_channels: Count = 16
     """Channels of one frame's latent."""
 
-    grid: int = 50
+    grid: Count = 50
     """Side of one frame's latent; even, for it is halved once."""
 
-    history_last: int = 4
+    history_last: CountOrOff = 4
     """How many of the history frames are real; the first ones of the others are zeros."""
 
-    trajectory_length: int = 6
+    trajectory_length: Count = 6
     """How many of a window's ego steps condition the network: 6 (history) or 12 (all)."""
 
-    frames: int = 12
+    frames: Count = 12
     """Frames of a window; the first half is history, the second is forecast."""
 
-    base_width: int = 64
+    base_width: Count = 64
     """Channels after the first convolution."""
 
     level_multipliers: tuple[int, int] = (2, 4)
     """Channels of the two levels, in base widths."""
 
-    condition_width: int = 128
+    condition_width: Count = 128
     """Channels of the embeddings of time and trajectory."""
 
-    heads: int = 8
+    heads: Count = 8
     """Heads of every attention."""
 
-    head_width: int = 32
+    head_width: Count = 32
     """Width of a head where the channels do not decide it: the attentions outside DiT blocks."""
 
-    first_kernel: int = 7
+    first_kernel: Count = 7
     """Side of the first convolution's window."""
 
-    trajectory_frequencies: int = 8
+    trajectory_frequencies: Count = 8
     """Fourier frequencies of one coordinate of an ego step."""
 
-    latent_scale: float = 10.0
+    latent_scale: Positive = 10.0
     """What latents are multiplied by before they meet unit noise."""
 
-    guidance: float = 2.0
+    guidance: Number = 2.0
     """Scale of the model's own classifier-free guidance."""
 
-    sample_steps: int = 10
+    sample_steps: Count = 10
     """Euler steps of the model's own sampler."""
 
-    sample_shift: float = 3.0
+    sample_shift: Positive = 3.0
     """Shift of its times towards noise (``flow.shifted_schedule``)."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.grid % 2 or self.frames % 2 or self.heads % 2:
             raise ValueError(
                 "OccfmConfig: grid, frames and heads must be even; got "

@@ -2,8 +2,8 @@
 
 A published checkpoint is a ``.ckpt`` that torch saved: ``state_dict`` has the weights as they were
 trained, ``ema_model`` their running average (or None), every name with ``module.`` before it.  A
-world model's has the whole VAE too.  It is read with ``weights_only=True``: tensors and plain
-containers; a pickle that names anything else is refused unread.
+world model's has the whole VAE too.  It may hold tensors and plain containers; a pickle that names
+anything else is refused unread (:mod:`mfd_fast.data.torch_file`).
 
 Averaging also went over the integer buffers, the tables of offsets in a window, and rounded some of
 their entries down by one.  The published scores were taken with these: they are kept, and counted
@@ -12,7 +12,6 @@ in a warning, unless ``repair`` asks for the tables as they were meant.
 Files of this project are safetensors with the config in their header.
 """
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.data.torch_file import load_torch_file
 from mfd_fast.models.occfm.config import OccfmConfig
 from mfd_fast.models.occfm.network import OccfmNetwork
 from mfd_fast.models.occfm.run_config import RunConfigs, read_run_configs
@@ -29,7 +29,7 @@ from mfd_fast.models.occfm.swin import relative_index
 from mfd_fast.models.occfm.vae import OccupancyVae
 from mfd_fast.models.occfm.vae3d import OccupancyVae3d
 from mfd_fast.models.occfm.vae_config import VAE_CONFIGS, VaeConfig
-from mfd_fast.models.weight_file import load_into, load_weights, save_weights
+from mfd_fast.models.weight_file import load_network, outline, save_weights
 
 TRANSITION = "transition_model."
 VAE_PARTS = ("embedding.", "encoder.", "decoder.")
@@ -67,7 +67,7 @@ def load_transition(
     """
     path = Path(path)
     if path.suffix == OWN_SUFFIX:
-        network = _load_own(path, TRANSITION_KIND, OccfmConfig, OccfmNetwork)
+        network = load_network(path, TRANSITION_KIND, OccfmConfig, OccfmNetwork)
     else:
         state = read_checkpoint(path, ema=ema)
         if not any(name.startswith(TRANSITION) for name in state):
@@ -79,10 +79,9 @@ def load_transition(
             config = run_configs_of(path, base_folder=base_folder).transition
             if config is None:
                 raise ValueError(f"the YAML beside {path} is one of a VAE; give config=")
-        network = OccfmNetwork(config)
         own = {n.removeprefix(TRANSITION): t for n, t in state.items() if n.startswith(TRANSITION)}
         _check_names(state, (TRANSITION, *VAE_PARTS), path)
-        _fill(network, own, path)
+        network = _filled(OccfmNetwork, config, own, path)
     return _frozen(network, dtype, device)
 
 
@@ -175,9 +174,7 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> dict[str, T
         ema: see :func:`load_transition`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found none; check the path")
-    content = _unpickle(path)
+    content = load_torch_file(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         keys = sorted(map(str, content))[:MAX_NAMED] if isinstance(content, dict) else content
         found = f"keys {keys}" if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -190,23 +187,6 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> dict[str, T
         raise ValueError(f"{path} has no average (ema_model); give ema=False")
     use_average = average is not None if ema is None else ema
     return _plain_names(average if use_average else content["state_dict"], path)
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is refused: a checkpoint may hold tensors and plain containers only, and this "
-            f"is no such pickle ({reason[:200]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}, {path.stat().st_size} bytes, does not read as a complete checkpoint "
-            f"({reason[:200]}); copy it again"
-        ) from error
 
 
 def _plain_names(state: Any, path: Path) -> dict[str, Tensor]:
@@ -234,30 +214,16 @@ def _load_vae(
 ) -> Any:
     if path.suffix == OWN_SUFFIX:
         kind = VAE3D_KIND if cls is OccupancyVae3d else VAE_KIND
-        return _frozen(_load_own(path, kind, VaeConfig, cls), dtype, device)
+        return _frozen(load_network(path, kind, VaeConfig, cls), dtype, device)
     state = read_checkpoint(path, ema=ema)
     _check_names(state, (TRANSITION, *VAE_PARTS), path)
     own = {name: tensor for name, tensor in state.items() if name.startswith(VAE_PARTS)}
     first = own.get("decoder.conv_in.weight")
     if first is not None and first.ndim == 4:
         config = VaeConfig(**{**asdict(config), "latent_channels": first.shape[1]})
-    vae = cls(config)
-    _fill(vae, own, path)
+    vae = _filled(cls, config, own, path)
     _check_tables(vae, path, repair)
     return _frozen(vae, dtype, device)
-
-
-def _load_own(path: Path, kind: str, config_class: type, network_class: type[Network]) -> Network:
-    tensors, config, _ = load_weights(path, kind=kind)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
-    try:
-        network = network_class(config_class(**values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its config builds no {network_class.__name__}: {error}"
-        ) from error
-    load_into(network, tensors, path)
-    return network
 
 
 def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path) -> None:
@@ -267,9 +233,12 @@ def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path
         )
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _filled(cls: type[Network], config: Any, tensors: Mapping[str, Tensor], path: Path) -> Network:
     """Load strictly; ``ValueError`` names what is missing, unknown or of another shape or kind."""
-    wanted = network.state_dict()
+    try:
+        wanted = outline(lambda: cls(config), len(tensors)).state_dict()
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} and its config do not belong together: {error}") from error
     shared = sorted(wanted.keys() & tensors.keys())
     faults = {
         "missing": sorted(wanted.keys() - tensors.keys()),
@@ -288,10 +257,12 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
         raise ValueError(
-            f"the tensors in {path} are not those of {type(network).__name__}: {listed}. Check "
+            f"the tensors in {path} are not those of {cls.__name__}: {listed}. Check "
             "that the file and the config belong together"
         )
+    network = cls(config)
     network.load_state_dict(tensors)
+    return network
 
 
 def _check_tables(vae: OccupancyVae, path: Path, repair: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mfd_fast.models.occfm.config import OccfmConfig
 from mfd_fast.models.occfm.vae_config import VaeConfig
+from mfd_fast.plain_files import read_yaml
 
 BASE = "_BASE_CONFIG_"
 MAX_BASES = 8  # files that name one another
@@ -86,15 +87,12 @@ def _transition_config(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"expected the YAML file of a run at {path}, found none")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not plain YAML ({reason}); copy it again") from error
+        tree = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not plain YAML ({error}); copy it again") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a YAML mapping, got a {type(tree).__name__}")
     return tree

@@ -1,6 +1,9 @@
 """The compressors of OccFM: what the VAEs of its configurations differ in, and a small one."""
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from mfd_fast.settings import Count, Settings
 
 WINDOW = 5  # side of a Swin window
 SHIFT = 2  # of every other Swin block
@@ -8,40 +11,42 @@ STAGES = 2  # halvings of the grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeConfig:
+class VaeConfig(Settings):
     """Sizes of a VAE of occupancy grids; defaults: the one of the main model ("x16").
 
     ``ValueError`` names the field that does not fit.
     """
 
-    grid: int = 200
+    SECTION: ClassVar[str] = "VaeConfig."
+
+    grid: Count = 200
     """Side of the occupancy grid; a multiple of 20: windows of 5 at a quarter of it."""
 
-    height: int = 16
+    height: Count = 16
     """Voxels above each other."""
 
-    classes: int = 18
+    classes: Count = 18
     """Class ids; the last one is "empty"."""
 
-    class_width: int = 8
+    class_width: Count = 8
     """Features of a class, in the input and in the scores."""
 
-    latent_channels: int = 16
+    latent_channels: Count = 16
     """Channels of a frame's latent."""
 
-    width: int = 128
+    width: Count = 128
     """Channels at full resolution; the encoder has twice as many at half resolution."""
 
-    groups: int = 32
+    groups: Count = 32
     """Groups of every group norm of an image."""
 
-    heads: int = 8
+    heads: Count = 8
     """Heads of every Swin block."""
 
-    dense_heads: int = 8
+    dense_heads: Count = 8
     """Heads of the attention over a whole latent."""
 
-    dense_head_width: int = 64
+    dense_head_width: Count = 64
     """Width of one of them."""
 
     encoder_depths: tuple[int, int] = (2, 6)
@@ -50,10 +55,11 @@ class VaeConfig:
     decoder_depths: tuple[int, int] = (6, 2)
     """Swin blocks at a quarter and at half of the resolution."""
 
-    clip: int | None = None
+    clip: Count | None = None
     """Frames that the 3-D VAE sees together; None for the frame-by-frame VAE."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.grid % (WINDOW << STAGES):
             raise ValueError(
                 f"VaeConfig: grid must be a multiple of {WINDOW << STAGES}; got {self.grid}"

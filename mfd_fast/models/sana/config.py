@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from mfd_fast.ops.linear_attention import WIDTHS
 from mfd_fast.ops.modulation import MAX_CHANNELS
+from mfd_fast.settings import Count, Positive, Settings
 
 CLASS_NAME = "SanaTransformer2DModel"
 QK_NORMS = (None, "rms_norm_across_heads")
@@ -15,80 +16,67 @@ FIXED = {"norm_elementwise_affine": False, "dropout": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SanaConfig:
+class SanaConfig(Settings):
     """What decides the shapes and the function of a ``SanaNetwork``; defaults: SANA 1.6B, 1024px.
 
     Names and meanings are diffusers'.  ``ValueError`` names what is not supported here.
     """
 
-    in_channels: int = 32
+    SECTION: ClassVar[str] = "SanaConfig."
+
+    in_channels: Count = 32
     """Channels of the latent; the output has as many."""
 
-    num_layers: int = 20
+    num_layers: Count = 20
     """Transformer blocks."""
 
-    num_attention_heads: int = 70
+    num_attention_heads: Count = 70
     """Heads of the linear self-attention."""
 
-    attention_head_dim: int = 32
+    attention_head_dim: Count = 32
     """Width of one of them; a power of two from 4 to 128."""
 
-    num_cross_attention_heads: int = 20
+    num_cross_attention_heads: Count = 20
     """Heads of the attention to text."""
 
-    cross_attention_head_dim: int = 112
+    cross_attention_head_dim: Count = 112
     """Width of one of them."""
 
-    caption_channels: int = 2304
+    caption_channels: Count = 2304
     """Channels of a text token (Gemma-2-2B)."""
 
-    mlp_ratio: float = 2.5
+    mlp_ratio: Positive = 2.5
     """Hidden channels of the gated convolution, in widths."""
 
     attention_bias: bool = False
     """Whether q, k and v of the self-attention have a bias."""
 
-    sample_size: int = 32
+    sample_size: Count = 32
     """Side of the latent image it was made for; scales the positional embedding, if any."""
 
-    patch_size: int = 1
+    patch_size: Count = 1
     """Side of the square of latent pixels that makes a token."""
 
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the variances of the two norms in a block."""
 
-    interpolation_scale: float | None = None
+    interpolation_scale: Positive | None = None
     """Scale of the sinusoidal positional embedding; None for no embedding."""
 
     guidance_embeds: bool = False
     """Whether the guidance scale is an input (SANA-Sprint)."""
 
-    guidance_embeds_scale: float = 0.1
+    guidance_embeds_scale: Positive = 0.1
     """What diffusers' pipeline multiplies the guidance scale by before it enters the network."""
 
     qk_norm: str | None = None
     """``"rms_norm_across_heads"`` (SANA 1.5, Sprint) or None."""
 
-    timestep_scale: float = 1.0
+    timestep_scale: Positive = 1.0
     """What diffusers' pipeline multiplies the timestep 1000 t by."""
 
     def __post_init__(self):
-        counts = (
-            *("in_channels", "num_layers", "num_attention_heads", "num_cross_attention_heads"),
-            *("cross_attention_head_dim", "caption_channels", "sample_size", "patch_size"),
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"SanaConfig.{name} must be a whole number >= 1, got {value!r}")
-        scales = ("mlp_ratio", "norm_eps", "timestep_scale", "guidance_embeds_scale")
-        for name in (*scales, *(("interpolation_scale",) if self.has_positions else ())):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"SanaConfig.{name} must be a number > 0, got {value!r}")
-        self._check_widths()
-
-    def _check_widths(self) -> None:
+        super().__post_init__()
         if self.attention_head_dim not in WIDTHS:
             raise ValueError(
                 f"SanaConfig.attention_head_dim must be one of {list(WIDTHS)} for the fused linear "

@@ -8,7 +8,6 @@ FOLDER may also be the transformer folder itself, or a model id of the Hugging F
 only those files are fetched (or found in the cache, offline).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from mfd_fast.models.sana.config import SanaConfig
 from mfd_fast.models.sana.network import SanaNetwork
+from mfd_fast.models.weight_file import outline
+from mfd_fast.plain_files import read_json
 
 SUBFOLDER = "transformer"
 CONFIG = "config.json"
@@ -79,9 +80,15 @@ def _checked(
     folder = _transformer_folder(folder_or_id, revision, variant)
     config = _read_config(folder / CONFIG)
     files = weight_files(folder, variant, STEM)
-    with torch.device("meta"):
-        network = SanaNetwork(config, time_table=time_table)
-    _check_tensors(network, files, folder)
+    found: dict[str, list[int]] = {}
+    for path in files:
+        with _open(path) as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    try:
+        network = outline(lambda: SanaNetwork(config, time_table=time_table), len(found))
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}; copy {folder} again") from error
+    _check_tensors(network, found, folder)
     return network, files
 
 
@@ -151,8 +158,8 @@ def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
@@ -226,12 +233,8 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check_tensors(network: SanaNetwork, files: list[Path], folder: Path) -> None:
+def _check_tensors(network: SanaNetwork, found: dict[str, list[int]], folder: Path) -> None:
     """Compare names and shapes before anything is read; ``ValueError`` names what differs."""
-    found: dict[str, list[int]] = {}
-    for path in files:
-        with _open(path) as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),

@@ -4,7 +4,6 @@ A LoRA adds scale * B A to the weight of a linear layer, A ``[r, in]``, B ``[out
 scale = alpha / r.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfd_fast.adapters import AdapterBank
+from mfd_fast.plain_files import parse_json
 
 PREFIX = "transformer."  # what diffusers' pipelines put before the names of the transformer
 FOREIGN_PREFIXES = ("base_model.model.", "diffusion_model.", "")  # PEFT's own, others, none
@@ -146,7 +146,7 @@ def _module(stem: str) -> str:
 
 def _alpha_in(metadata: Mapping[str, str], module: str, rank: int) -> float:
     """alpha of a layer by diffusers' metadata ``{"transformer.lora_alpha": ...}``; r without it."""
-    entries = json.loads(metadata.get(METADATA_KEY, "{}"))
+    entries = parse_json(metadata.get(METADATA_KEY, "{}"))
     patterns = entries.get(f"{PREFIX}alpha_pattern") or {}
     for pattern, alpha in patterns.items():
         if module == pattern or module.endswith(f".{pattern}"):

@@ -9,7 +9,6 @@ prompt, pads or cuts to 300 tokens after the instruction, and keeps the first to
 """
 
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.sana.loading import CONFIG, fetch, weight_files, weight_patterns
+from mfd_fast.plain_files import read_json
 
 TOKENIZER, ENCODER, STEM = "tokenizer", "text_encoder", "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # one of them is needed
@@ -213,7 +213,7 @@ def _check_files(folder: Path, variant: str | None) -> list[Path]:
             f"{config} is missing; expected the folder of a diffusers SANA pipeline"
         )
     try:
-        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"]
+        kind = read_json(config)["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config} is broken ({error!r}); copy it again") from None
     if kind != MODEL_TYPE:
