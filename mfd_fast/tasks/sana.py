@@ -249,9 +249,15 @@ class SanaTask:
         image_rows(self._decoded({name: latents}), path, captions=captions)
 
     def export(self, run: RunFolder, out: Path) -> Path:
-        base = Path(self.checkpoint) if Path(self.checkpoint).is_dir() else None
         network = self._network(read_lora(run / STUDENT))
-        return save_merged(network, self.transformer, out, base=base)
+        return save_merged(
+            network,
+            self.transformer,
+            out,
+            base=self.checkpoint,
+            revision=self._revision,
+            variant=self._variant,
+        )
 
     @property
     def _revision(self) -> str | None:
