@@ -53,6 +53,8 @@ class SanaSettings(Settings):
     """The text encoder stays on the GPU (5 GB) and encodes beside the training, in place of
     visiting it once every encode_ahead updates.
     """
+    skip_bad: bool = False
+    """Leave out lines of the prompt file that are no prompt, in place of refusing the file."""
     text_length: CountOrOff = 0
     """Every batch's text is padded to this many tokens; 0: to its own longest prompt, and to 300
     where train.capture needs one length.
@@ -76,6 +78,8 @@ class SanaRun(RunConfig):
     TASK: ClassVar[str] = "mfd_fast.tasks.sana:SanaTask"
     SHORT: ClassVar[dict[str, str]] = {
         "--prompts": "--sana.prompts",
+        "--prompt-key": "--sana.prompt-column",
+        "--skip-bad": "--sana.skip-bad",
         "--revision": "--sana.revision",
         "--variant": "--sana.variant",
         "--teacher-lora": "--sana.teacher-lora",

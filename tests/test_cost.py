@@ -239,7 +239,7 @@ def test_the_text_says_by_how_much_a_run_does_not_fit(digits_estimate):
     printed = text(small)
     assert f"does not fit: {(total - least + 2e6) / 1e9:.3g} GB more than" in printed
     assert "Largest batch that fits: 3." in printed
-    assert "needs 0.002 GB more: lower --batch" in printed
+    assert "needs 0.002 GB more: lower --train.batch-size" in printed
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,11 @@ def test_a_teacher_lora_belongs_to_every_role_and_to_the_file_for_the_plain_chec
     checkpoint, prompts, tmp_path
 ):
     network = load_sana_transformer(checkpoint, dtype=torch.float32)
-    bank = AdapterBank(network, rank=2, alpha=3.0)
+    bank = AdapterBank(network, rank=2, alpha=3.0, targets=("to_q", "to_out.0"))
     with torch.no_grad():
         bank.parameters_of("student")[0].normal_(std=0.1)
     teacher_lora = tmp_path / "style.safetensors"
-    save_diffusers_lora(Lora.of(bank, "student"), teacher_lora)
+    save_diffusers_lora(Lora.of(bank, "student"), teacher_lora, description="a style")
     folder = tmp_path / "run"
     command = ["distill", "sana-tiny", "--out", str(folder), "--teacher", str(checkpoint),
                "--sana.prompts", str(prompts), "--sana.teacher-lora", str(teacher_lora),
@@ -140,6 +140,14 @@ def test_a_teacher_lora_belongs_to_every_role_and_to_the_file_for_the_plain_chec
         exact = exact + b.double() @ a.double()
     sequential, at_once = (n.get_submodule(name).weight for n in (student, both))
     assert_as_accurate(at_once, sequential, exact)
+    for file in ("student", "student_with_teacher_lora"):  # ComfyUI's files mean the same
+        one, two = (read_lora(folder / f"{file}{end}.safetensors") for end in ("", "_comfyui"))
+        merged, twin = plain._network(one), plain._network(two)
+        assert not torch.equal(
+            merged.get_submodule(name).weight, plain._network().get_submodule(name).weight
+        )
+        for left, right in zip(merged.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(left, right)
     role = task.backbone().network.transformer_blocks[0].attn1.to_q.weight
     assert not torch.equal(role, plain.backbone().network.transformer_blocks[0].attn1.to_q.weight)
 

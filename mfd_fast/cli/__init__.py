@@ -7,6 +7,7 @@ signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 S
 import sys
 from importlib import import_module
 
+from mfd_fast.cli.spoken import spoken
 from mfd_fast.config import nearest
 from mfd_fast.presets import PRESETS
 from mfd_fast.stop import Stopped
@@ -82,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         getattr(import_module(module), function)(argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        print(f"mfd-fast {argv[0]}: {error}", file=sys.stderr)
+        print(f"mfd-fast {argv[0]}: {spoken(argv[0], str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"mfd-fast {argv[0]}: {stopped}", file=sys.stderr)
+        print(f"mfd-fast {argv[0]}: {spoken(argv[0], str(stopped))}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("mfd-fast: stopped", file=sys.stderr)

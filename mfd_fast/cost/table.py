@@ -98,7 +98,7 @@ def _fit(run: Estimate) -> str:
         verdict += f"{limit / 1e9:.4g} GB there are. Largest batch that fits: {run.largest_batch}."
     if run.cheapest is not None:
         return f"{verdict}\nFastest profile that fits at this batch: {_profile(run.cheapest)}."
-    fewer = "lower --batch, or " if run.cycle.batch > 1 else ""
+    fewer = "lower --train.batch-size, or " if run.cycle.batch > 1 else ""
     return (
         f"{verdict}\nNo profile fits at this batch; the smallest, {_profile(run.smallest)}, needs "
         f"{(run.smallest.bytes - limit) / 1e9:.3g} GB more: {fewer}take a larger GPU."

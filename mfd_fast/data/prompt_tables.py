@@ -7,6 +7,7 @@ a temporary Arrow file, in steps of a few rows: a few bytes may stand for a mill
 import struct
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,30 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
+@contextmanager
+def _naming(file: Path, kind: str) -> Iterator[None]:
+    """What pyarrow says about a broken file becomes a ``ValueError`` that names it."""
+    try:
+        yield
+    except (_pyarrow().ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system: no such file, the disk is full
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} is not a complete {kind} file ({reason}); copy it again"
+        ) from None
+
+
 class Table:
     """A column of strings in Arrow stream files; the place of a prompt is its row."""
 
     def __init__(self, name: str, files: list[Path], column: str | None):
         arrow = _pyarrow()
         self.name = name
-        try:
-            chunks = [chunk for file in files for chunk in _read_column(arrow, file, column)]
-        except (arrow.ArrowInvalid, arrow.ArrowSerializationError, OSError) as error:
-            raise ValueError(
-                f"{name} is not a complete Arrow file ({error}); copy it again"
-            ) from None
+        chunks = []
+        for file in files:
+            with _naming(file, "Arrow"):
+                chunks += _read_column(arrow, file, column)
         self._rows = arrow.chunked_array(chunks)
 
     def records(self) -> Iterator[tuple[int, int, Any]]:
@@ -83,15 +96,13 @@ class ParquetColumn(Table):
     def __init__(self, name: str, files: list[Path], column: str | None):
         arrow = _pyarrow()
         self._copy = tempfile.NamedTemporaryFile(suffix=".arrow")  # noqa: SIM115
-        try:
-            with _open_parquet(arrow, files[0]) as first:
-                column = check_column(name, first.schema_arrow, column)
-            schema = arrow.schema([(column, arrow.large_string())])
-            with arrow.ipc.new_stream(self._copy.name, schema) as out:
-                for file in files:
+        with _naming(files[0], "Parquet"), _open_parquet(arrow, files[0]) as first:
+            column = check_column(name, first.schema_arrow, column)
+        schema = arrow.schema([(column, arrow.large_string())])
+        with arrow.ipc.new_stream(self._copy.name, schema) as out:
+            for file in files:
+                with _naming(file, "Parquet"):
                     _copy_column(arrow, file, column, schema, out)
-        except arrow.ArrowInvalid as error:
-            raise ValueError(f"{name} is not complete Parquet ({error}); copy it again") from None
         super().__init__(name, [Path(self._copy.name)], column)
 
 

@@ -42,8 +42,8 @@ from mfd_fast.tasks.sana_scores import SanaScores
 from mfd_fast.tasks.sana_text import SanaText
 from mfd_fast.tasks.table import markdown_table
 
-COMFYUI = "student_comfyui.safetensors"
 WITH_TEACHER = "student_with_teacher_lora.safetensors"
+COMFYUI = "{}_comfyui.safetensors"  # beside either
 GRID = "samples_grid.png"
 TEACHER_STEPS = 20  # SanaPipeline's own default
 IMAGES = 4  # in a grid
@@ -143,14 +143,20 @@ class SanaTask:
     def save_student(self, distiller: Distiller, path: Path) -> None:
         with distiller.averaged_student():
             lora = Lora.of(distiller.backbone.adapters, "student")
-        save_diffusers_lora(lora, path)
-        if self.teacher_lora is not None:
-            lora = lora.stacked_on(self.teacher_lora)
-            save_diffusers_lora(lora, path.with_name(WITH_TEACHER))
-        try:
-            save_comfyui_lora(lora, path.with_name(COMFYUI))
-        except ValueError as error:
-            print(f"{COMFYUI} was not written: {error}")
+        base = Path(self.checkpoint).name if Path(self.checkpoint).is_dir() else self.checkpoint
+        if self.teacher_lora is None:
+            files = {path: (lora, base)}
+        else:
+            with_lora = f"{base} with {Path(self.settings.teacher_lora).name}"
+            both = lora.stacked_on(self.teacher_lora)
+            files = {path: (lora, with_lora), path.with_name(WITH_TEACHER): (both, base)}
+        steps = self.config.distill.student_steps
+        for file, (content, below) in files.items():
+            what = "student" if content is lora else "student and teacher LoRA"
+            about = f"{what} ({steps} steps, guidance 1), to be added to {below} at strength 1"
+            save_diffusers_lora(content, file, description=about)
+            comfyui = file.with_name(COMFYUI.format(file.stem))
+            save_comfyui_lora(content, comfyui, description=about)
 
     def evaluate(
         self,
@@ -244,9 +250,15 @@ class SanaTask:
         image_rows(self._decoded({name: latents}), path, captions=captions)
 
     def export(self, run: RunFolder, out: Path) -> Path:
-        base = Path(self.checkpoint) if Path(self.checkpoint).is_dir() else None
         network = self._network(read_lora(run / STUDENT))
-        return save_merged(network, self.transformer, out, base=base)
+        return save_merged(
+            network,
+            self.transformer,
+            out,
+            base=self.checkpoint,
+            revision=self._revision,
+            variant=self._variant,
+        )
 
     @property
     def _revision(self) -> str | None:

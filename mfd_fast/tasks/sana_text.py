@@ -130,7 +130,9 @@ class SanaText:
                 )
             return store
         if settings.prompts:
-            return open_prompts(settings.prompts, key=settings.prompt_column or None)
+            return open_prompts(
+                settings.prompts, key=settings.prompt_column or None, skip_bad=settings.skip_bad
+            )
         if self.config.teacher:
             raise ValueError(
                 "a SANA run needs prompts: --sana.prompts FILE (.tsv, .txt, .jsonl, .parquet, a "

@@ -142,7 +142,7 @@ def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
     if model_id.count("/") != 1 or model_id.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{model_id!r} is neither a folder nor a model id of the form owner/name; give "
-            "the folder of a checkpoint, for a teacher by --teacher"
+            "the folder of a checkpoint with --teacher"
         )
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
@@ -231,6 +231,13 @@ def _open(path: Path) -> Any:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); copy or download it again"
         ) from error
+
+
+def check_complete(files: list[Path]) -> None:
+    """``ValueError`` names the first file that is no whole safetensors file."""
+    for path in files:
+        with _open(path):
+            pass
 
 
 def _check_tensors(network: SanaNetwork, found: dict[str, list[int]], folder: Path) -> None:

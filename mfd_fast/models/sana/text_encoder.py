@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.models.sana.loading import CONFIG, fetch, weight_files, weight_patterns
+from mfd_fast.models.sana.loading import (
+    CONFIG,
+    check_complete,
+    fetch,
+    weight_files,
+    weight_patterns,
+)
 from mfd_fast.plain_files import read_json
 
 TOKENIZER, ENCODER, STEM = "tokenizer", "text_encoder", "model"
@@ -218,7 +224,9 @@ def _check_files(folder: Path, variant: str | None) -> list[Path]:
         raise ValueError(f"{config} is broken ({error!r}); copy it again") from None
     if kind != MODEL_TYPE:
         raise ValueError(f"{config} must be of a {MODEL_TYPE} model, SANA's; got {kind!r}")
-    return weight_files(folder / ENCODER, variant, STEM)
+    files = weight_files(folder / ENCODER, variant, STEM)
+    check_complete(files)
+    return files
 
 
 def _load_model(folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Module:
