@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.backbone import Backbone, CopiedBackbone, Prepared
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig
+from mfd_fast.captured import CapturedDistiller, is_captured
+from mfd_fast.config import Capture, DistillConfig
 from mfd_fast.distiller import Distiller
 from mfd_fast.objectives import make_objective
 from mfd_fast.objectives.base import IntervalObjective
@@ -19,15 +19,22 @@ from mfd_fast.objectives.sampling import few_step
 
 
 def make_distiller(
-    backbone: Backbone, config: DistillConfig, *, capture: bool = False, **options: Any
+    backbone: Backbone, config: DistillConfig, *, capture: Capture = "auto", **options: Any
 ) -> Distiller:
-    """The distiller that trains by ``config.objective``; ``options`` are its keyword arguments."""
+    """The distiller that trains ``backbone`` by ``config.objective``.
+
+    Args:
+        capture: run updates as CUDA graphs: ``"auto"`` where that is possible, ``"on"`` or a
+            ``ValueError``, ``"off"``.  A network that reads the device in its forward is found out
+            in a warm-up update: ``"auto"`` warns and goes on without graphs.
+        options: keyword arguments of the distiller.
+    """
+    ranks = options.get("ranks")
+    is_sharded = ranks is not None and ranks.is_sharded
+    if is_captured(capture, config, backbone.device.type, is_sharded=is_sharded):
+        return CapturedDistiller(backbone, config, may_fall_back=capture == "auto", **options)
     if isinstance(make_objective(config), IntervalObjective):
-        return (CapturedDistiller if capture else Distiller)(backbone, config, **options)
-    if capture:
-        raise ValueError(
-            f"distill.objective={config.objective!r} cannot be captured; set train.capture to false"
-        )
+        return Distiller(backbone, config, **options)
     return ComparisonDistiller(backbone, config, **options)
 
 

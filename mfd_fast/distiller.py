@@ -297,15 +297,13 @@ class Distiller:
             schedule=self.schedule,
         )
 
-    def _backward(self, role: str, loss: Tensor, *, retain_graph: bool = False) -> None:
+    def _backward(self, role: str, loss: Tensor) -> None:
         scale = self.loss_scale.get(role)
         weight = 1.0 / self.config.micro_batches
         if role in self.gradients:
             weight /= self.ranks.world  # the all-reduce adds
         with self.phase(f"{role}/backward"):
-            (loss * (weight if scale is None else scale.scale * weight)).backward(
-                retain_graph=retain_graph
-            )
+            (loss * (weight if scale is None else scale.scale * weight)).backward()
 
     def _apply(self, role: str) -> dict[str, Tensor]:
         """Clip, step or skip, average; the role's metrics."""

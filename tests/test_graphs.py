@@ -56,7 +56,7 @@ def test_recorded_replay_equals_eager_bit_for_bit(name):
         pairs = zip(*(d.backbone.parameters_of(role) for d in (eager, captured)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert all(torch.equal(a, b) for a, b in zip(eager.ema, captured.ema, strict=True))
-    assert captured._steps["aux"].graph is not None  # it did capture
+    assert captured.num_graphs > 0  # it did capture
 
 
 def test_ode_graphs_are_one_per_number_of_moving_samples():
