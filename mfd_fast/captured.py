@@ -15,14 +15,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from mfd_fast.backbone import FixedRows, batch_size
-from mfd_fast.config import Capture, DistillConfig
+from mfd_fast.config import DistillConfig
 from mfd_fast.distiller import Distiller
 from mfd_fast.graphs import CapturedStep, CudaGraph, Graph
 from mfd_fast.integrate import Trajectories
@@ -42,18 +42,6 @@ def why_eager(config: DistillConfig, device: str, *, is_sharded: bool = False) -
     if device != "cuda":
         return f"capturing needs an NVIDIA GPU and this is {device}"
     return ""
-
-
-def is_captured(
-    capture: Capture, config: DistillConfig, device: str, *, is_sharded: bool = False
-) -> bool:
-    """Whether ``train.capture`` makes graphs here; ``ValueError`` if it is on and cannot."""
-    why = why_eager(config, device, is_sharded=is_sharded)
-    if capture not in get_args(Capture):
-        raise ValueError(f"capture must be one of {list(get_args(Capture))}, got {capture!r}")
-    if why and capture == "on":
-        raise ValueError(f"{why}; set train.capture to auto or off")
-    return capture != "off" and not why
 
 
 @dataclass
@@ -123,6 +111,8 @@ class CapturedDistiller(Distiller):
             static.steps.clear()  # whose functions know static
         self._static.clear()
         self._apply_steps.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def num_graphs(self) -> int:

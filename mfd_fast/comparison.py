@@ -8,34 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfd_fast.backbone import Backbone, CopiedBackbone, Prepared
-from mfd_fast.captured import CapturedDistiller, is_captured
-from mfd_fast.config import Capture, DistillConfig
+from mfd_fast.backbone import CopiedBackbone, Prepared
+from mfd_fast.config import DistillConfig
 from mfd_fast.distiller import Distiller
 from mfd_fast.objectives import make_objective
-from mfd_fast.objectives.base import IntervalObjective
 from mfd_fast.objectives.compared import Batch, ComparedObjective, Features, Fields
 from mfd_fast.objectives.sampling import few_step
-
-
-def make_distiller(
-    backbone: Backbone, config: DistillConfig, *, capture: Capture = "auto", **options: Any
-) -> Distiller:
-    """The distiller that trains ``backbone`` by ``config.objective``.
-
-    Args:
-        capture: run updates as CUDA graphs: ``"auto"`` where that is possible, ``"on"`` or a
-            ``ValueError``, ``"off"``.  A network that reads the device in its forward is found out
-            in a warm-up update: ``"auto"`` warns and goes on without graphs.
-        options: keyword arguments of the distiller.
-    """
-    ranks = options.get("ranks")
-    is_sharded = ranks is not None and ranks.is_sharded
-    if is_captured(capture, config, backbone.device.type, is_sharded=is_sharded):
-        return CapturedDistiller(backbone, config, may_fall_back=capture == "auto", **options)
-    if isinstance(make_objective(config), IntervalObjective):
-        return Distiller(backbone, config, **options)
-    return ComparisonDistiller(backbone, config, **options)
 
 
 class ComparisonDistiller(Distiller):

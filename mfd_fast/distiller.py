@@ -19,7 +19,13 @@ from mfd_fast.flow import Schedule, sample_times
 from mfd_fast.integrate import generate
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
-from mfd_fast.optim import LossScale, clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.optim import (
+    LossScale,
+    clip_and_step,
+    load_optimizer,
+    make_optimizer,
+    set_warmup_lr,
+)
 from mfd_fast.solvers import SolverTable, to_device
 
 
@@ -181,6 +187,9 @@ class Distiller:
             "generator": self.generator.get_state(),
         }
 
+    def release_graphs(self) -> None:
+        """Let go of memory that only further updates need; here there is none."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; ``ValueError`` if it belongs to another network."""
         lists = {role: self.parameters_of(role) for role in self.roles} | {"ema": self.ema}
@@ -196,7 +205,7 @@ class Distiller:
                 for target, value in zip(mine, state[name], strict=True):
                     target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(self._placed(role, state["optimizers"][role]))
+            load_optimizer(optimizer, self._placed(role, state["optimizers"][role]))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
             scale.finite_steps.copy_(state["loss_scale"][role][1])
@@ -232,7 +241,7 @@ class Distiller:
         if not isinstance(objective, IntervalObjective):
             raise ValueError(
                 f"Distiller trains by interval objectives; for distill.objective="
-                f"{self.config.objective!r} call comparison.make_distiller(backbone, config)"
+                f"{self.config.objective!r} call make_distiller(backbone, config)"
             )
         return objective
 
