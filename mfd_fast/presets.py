@@ -50,8 +50,10 @@ class SanaSettings:
     visiting it once every encode_ahead updates.
     """
     text_length: int = 0
-    """Every batch's text is padded to this many tokens; 0: to its own longest prompt, and to 300
-    where train.capture needs one length.
+    """Every batch's text is padded to this many tokens; 0: to a multiple of text_multiple."""
+    text_multiple: int = 64
+    """Every batch's text is padded from its longest prompt to a multiple of this many tokens; every
+    length that comes has CUDA graphs of its own.
     """
     rank: int = 64
     """Rank of the auxiliary's and the student's LoRA."""
@@ -63,6 +65,12 @@ class SanaSettings:
     """A diffusers LoRA file: the teacher is the checkpoint with it, for all three roles."""
     preview_prompt: str = ""
     """Prompt of the sample grids; empty: the first prompts of the run."""
+
+    def __post_init__(self):
+        if self.text_multiple < 1:
+            raise ValueError(
+                f"sana.text_multiple must be >= 1 (1: no padding), got {self.text_multiple}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,7 @@ class SanaRun(RunConfig):
         "--variant": "--sana.variant",
         "--teacher-lora": "--sana.teacher-lora",
     }
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*RunConfig.MAY_CHANGE, "sana.text_multiple")
 
     sana: SanaSettings = field(default_factory=SanaSettings)
     """Text, adapters and sizes."""
