@@ -8,7 +8,7 @@
 
 The host only draws times, copies them down and decides which graph comes next; that is known
 without asking the device, because (t, r) are host random numbers.  Every shape of the condition has
-its own graphs, captured when it has come often enough; all of them share the memory of three pools.
+its own graphs, captured when it has come often enough; all of them share the memory of two pools.
 """
 
 import warnings
@@ -101,11 +101,11 @@ class CapturedDistiller(Distiller):
 
     def release_graphs(self) -> None:
         """Let all graphs and their memory go; updates warm up and capture again."""
-        # One pool per group of graphs whose memory may be shared: what the student's first graphs
+        # The updates never run at the same time and share a pool.  What the student's first graphs
         # leave to the last must survive the ODE graphs, so those have their own.
-        self._aux_graph, self._student_graph, self._ode_graph = (
+        self._update_graph, self._ode_graph = (
             partial(self.graph_type, (self.generator,), self.graph_type.new_pool())
-            for _ in range(3)
+            for _ in range(2)
         )
         for static in self._static.values():
             static.steps.clear()  # whose functions know static
@@ -129,13 +129,13 @@ class CapturedDistiller(Distiller):
         if static is None:
             return super().aux_step(cond)
         self._set_lr("aux")
-        run = self._captured(static, "aux", self._aux_graph, self._aux_phase)
+        run = self._captured(static, "aux", self._update_graph, self._aux_phase)
         losses = []
         for part in self._parts(cond):
             with self.phase("aux/update"):
                 loss, metrics = run(part, self._draw_aux_times(part))
             losses.append(loss.clone())
-        metrics = metrics or self._apply_after("aux", self._aux_graph)
+        metrics = metrics or self._apply_after("aux")
         self.num_updates["aux"] += 1
         loss = torch.stack(losses).mean() if losses[1:] else losses[0]
         return _kept(metrics) | {"aux_loss": loss}
@@ -154,7 +154,7 @@ class CapturedDistiller(Distiller):
         if parts[1:]:
             metrics = {name: torch.stack([m[name] for m in parts]).mean() for name in metrics}
         if not self._is_one_graph("student"):
-            metrics |= _kept(self._apply_after("student", self._student_graph))
+            metrics |= _kept(self._apply_after("student"))
         self.num_updates["student"] += 1
         return metrics
 
@@ -165,28 +165,28 @@ class CapturedDistiller(Distiller):
         run = partial(self._captured, static)
         begin = partial(self._begin, static, step=step)
         with self.phase("student/generate"):
-            run("prepare", self._student_graph, partial(self._prepare, static))(part)
+            run("prepare", self._update_graph, partial(self._prepare, static))(part)
             # Captured later than "begin", the prepared rows might lie where it overwrites them.
-            run(("begin", step), self._student_graph, begin, after="prepare")(part)
+            run(("begin", step), self._update_graph, begin, after="prepare")(part)
         with self.phase("student/integrate"):
             for n in table.active:
                 ode_step = partial(self._ode_step, static, n)
                 run(("ode", n), self._ode_graph, ode_step, after="prepare")()
         with self.phase("student/finish"):
             finish = partial(self._finish, static)
-            return run(("finish", step), self._student_graph, finish, after=("begin", step))()
+            return run(("finish", step), self._update_graph, finish, after=("begin", step))()
 
     def _is_one_graph(self, role: str) -> bool:
         """Whether the optimizer's step is in the same graph as the backward pass."""
         return self.config.micro_batches == 1 and role not in self.outside
 
-    def _apply_after(self, role: str, graph: Callable[[], Graph]) -> dict[str, Tensor]:
+    def _apply_after(self, role: str) -> dict[str, Tensor]:
         """The optimizer's step when all micro-batches are done: its own graph, or no graph."""
         apply = partial(self._apply, role)
         if role in self.outside:
             return apply()
         if role not in self._apply_steps:
-            self._apply_steps[role] = CapturedStep(apply, graph=graph)
+            self._apply_steps[role] = CapturedStep(apply, graph=self._update_graph)
         return self._run(self._apply_steps[role])()
 
     def _static_of(self, cond: Any) -> _Static | None:

@@ -82,7 +82,7 @@ def test_shapes_beyond_the_most_run_without_graphs():
 
 
 # The bugs that CUDA graphs would have, planted in the text of captured.py.
-PREPARE = 'run("prepare", self._student_graph, partial(self._prepare, static))(part)'
+PREPARE = 'run("prepare", self._update_graph, partial(self._prepare, static))(part)'
 BUGS = {
     "a dropped reference": {
         "        static.row += 1\n": """        static.row += 1

@@ -172,15 +172,13 @@ def phase_seconds(work: Work, device: Device, efficiency: Efficiency, phase: str
 def memory_of(cycle: CycleCost, *, is_captured: bool, has_context: bool) -> dict[str, float]:
     """Bytes by component at the highest point of a cycle.
 
-    Captured, each of the three pools of graphs keeps what it needed at its highest.
+    Captured, each of the two pools of graphs keeps what it needed at its highest.
     """
     memory, peak = dict(cycle.persistent), cycle.memory.peak
     phases = {phase: value for phase, value in peak.items() if phase}
     if is_captured:
         ode = phases.pop(INTEGRATE) - cycle.memory.at_entry[INTEGRATE]
-        for role, name in (("aux", "auxiliary"), ("student", "student")):
-            pool = max(value for phase, value in phases.items() if phase.startswith(f"{role}/"))
-            memory[f"graph pool, {name}"] = float(pool)
+        memory["graph pool, updates"] = float(max(phases.values()))
         memory["graph pool, integration"] = float(ode)
     else:
         memory["activations"] = float(max(phases.values()))
