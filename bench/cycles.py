@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from bench.record import header, write
-from mfd_fast.comparison import make_distiller
 from mfd_fast.config import RunConfig
 from mfd_fast.cost import estimate, this_machine
 from mfd_fast.cost.measured import efficiency_here, measured_phases
 from mfd_fast.cost.table import side_by_side, text
 from mfd_fast.distiller import Distiller
+from mfd_fast.maker import make_distiller, run_is_captured
 from mfd_fast.presets import SanaRun, preset
 from mfd_fast.profiling.profile import profile_cycles, summary
 from mfd_fast.tasks import make_task
@@ -47,7 +47,10 @@ def ready(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:
 
 def estimated(config: RunConfig, cycles: int) -> tuple[list[dict], dict[str, str]]:
     """A row for every phase and one for the cycle, and where the prediction comes from."""
-    device, efficiency = efficiency_here(this_machine(config.train.device), config.preset)
+    is_captured = run_is_captured(config, config.train.device)
+    device, efficiency = efficiency_here(
+        this_machine(config.train.device), config.preset, is_captured=is_captured
+    )
     run = estimate(meta_model, config, device, efficiency)
     taken = measured_phases(*ready(config), cycles=cycles)
     print(text(run), side_by_side(run, taken), sep="\n\n")

@@ -29,7 +29,7 @@ from bench import sana_mini
 from bench.record import header, write
 from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig, RunConfig, TrainConfig
+from mfd_fast.config import DistillConfig
 from mfd_fast.cost import MetaModel, trace_cycle
 from mfd_fast.cost.estimate import memory_of
 from mfd_fast.distiller import Distiller
@@ -106,8 +106,7 @@ def settings() -> DistillConfig:
 def predicted(case: Case) -> dict[str, float]:
     """Bytes by component; a GPU's context is left out, as it is in what is measured."""
     cycle = trace_cycle(case.make("meta"), settings(), case.batch)
-    train = TrainConfig(capture=case.is_captured)
-    return memory_of(cycle, RunConfig(preset="", train=train), has_context=False)
+    return memory_of(cycle, is_captured=case.is_captured, has_context=False)
 
 
 def measured(case: Case, device: str = "cpu") -> int:

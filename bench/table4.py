@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.record import header, write
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
+from mfd_fast.maker import run_is_captured
 from mfd_fast.presets import preset
 from mfd_fast.tasks.meta import meta_model
 
@@ -26,7 +27,7 @@ def row(objective: str) -> dict:
     config = preset(PRESET)
     config = replace(config, distill=replace(config.distill, objective=objective))
     device = device_named(GPU)
-    run = estimate(meta_model, config, device, assumed(is_captured=config.train.capture))
+    run = estimate(meta_model, config, device, assumed(is_captured=run_is_captured(config, "cuda")))
     work = run.cycle.total
     at_the_ceiling = work.flops * run.cycles / (device.bf16_tflops * 1e12) / 3600
     hours, gigabytes = PAPER[objective]
@@ -50,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    efficiency = assumed(is_captured=preset(PRESET).train.capture)
+    efficiency = assumed(is_captured=run_is_captured(preset(PRESET), "cuda"))
     config = {
         "preset": PRESET,
         "gpu": GPU,

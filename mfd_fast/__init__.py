@@ -13,6 +13,7 @@ from mfd_fast.flow import (
     shifted_schedule,
 )
 from mfd_fast.integrate import generate, guided, mean_velocity
+from mfd_fast.maker import make_distiller
 from mfd_fast.ops import interpolate, mfd_loss
 from mfd_fast.shared_backbone import SharedBackbone
 
@@ -37,6 +38,7 @@ __all__ = [
     "generate",
     "guided",
     "interpolate",
+    "make_distiller",
     "mean_velocity",
     "mfd_loss",
     "sample_time_pairs",

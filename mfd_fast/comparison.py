@@ -8,27 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfd_fast.backbone import Backbone, CopiedBackbone, Prepared
-from mfd_fast.captured import CapturedDistiller
+from mfd_fast.backbone import CopiedBackbone, Prepared
 from mfd_fast.config import DistillConfig
 from mfd_fast.distiller import Distiller
 from mfd_fast.objectives import make_objective
-from mfd_fast.objectives.base import IntervalObjective
 from mfd_fast.objectives.compared import Batch, ComparedObjective, Features, Fields
 from mfd_fast.objectives.sampling import few_step
-
-
-def make_distiller(
-    backbone: Backbone, config: DistillConfig, *, capture: bool = False, **options: Any
-) -> Distiller:
-    """The distiller that trains by ``config.objective``; ``options`` are its keyword arguments."""
-    if isinstance(make_objective(config), IntervalObjective):
-        return (CapturedDistiller if capture else Distiller)(backbone, config, **options)
-    if capture:
-        raise ValueError(
-            f"distill.objective={config.objective!r} cannot be captured; set train.capture to false"
-        )
-    return ComparisonDistiller(backbone, config, **options)
 
 
 class ComparisonDistiller(Distiller):

@@ -33,6 +33,7 @@ from mfd_fast.settings import (
 
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
+Capture = Literal["auto", "on", "off"]
 ObjectiveName = Literal["mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"]
 
 
@@ -160,8 +161,10 @@ class TrainConfig(Settings):
     """Send the metrics there too; metrics.jsonl is always written."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes cuda if there is one."""
-    capture: bool = False
-    """Run the phases of every update as CUDA graphs; needs an NVIDIA GPU."""
+    capture: Capture = "auto"
+    """Run updates as CUDA graphs: auto wherever that is possible (an NVIDIA GPU, an objective over
+    intervals, no fsdp), on: or stop, off: never.
+    """
     float8: bool = False
     """Evaluate lanes without gradient in e4m3; needs adapters and, on a GPU, compute capability
     8.9.
@@ -183,8 +186,8 @@ class TrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        require(not (self.capture and self.shard == "fsdp"), "train.capture",
-                 "false with train.shard fsdp", self.capture)  # fmt: skip
+        require(self.capture != "on" or self.shard != "fsdp", "train.capture",
+                 "auto or off with train.shard fsdp", self.capture)  # fmt: skip
         require(not (self.preview_every and self.shard == "fsdp"), "train.preview_every",
                  "0 with train.shard fsdp", self.preview_every)  # fmt: skip
 
@@ -253,6 +256,8 @@ def from_dict(cls: type, tree: dict, path: str = "") -> Any:
     hints = get_type_hints(cls)
     values = {}
     for name, value in tree.items():
+        if hints[name] == Capture and type(value) is bool:  # older configs, and YAML's own on, off
+            value = "on" if value else "off"
         if is_dataclass(hints[name]):
             require(isinstance(value, dict), path + name, "a mapping", repr(value))
             values[name] = from_dict(hints[name], value, f"{path}{name}.")

@@ -29,7 +29,14 @@ from mfd_fast.integrate import generate
 from mfd_fast.networks import check_leads, check_statistics, evaluating
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
-from mfd_fast.optim import LossScale, check_trains, clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.optim import (
+    LossScale,
+    check_trains,
+    clip_and_step,
+    load_optimizer,
+    make_optimizer,
+    set_warmup_lr,
+)
 from mfd_fast.solvers import SolverTable, to_device
 
 
@@ -204,6 +211,9 @@ class Distiller:
             }
         )
 
+    def release_graphs(self) -> None:
+        """Let go of memory that only further updates need; here there is none."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; ``ValueError`` if it belongs to another network."""
         buffers = buffers_of(self.backbone, self.roles)
@@ -222,7 +232,7 @@ class Distiller:
                 for target, value in zip(mine, state[name], strict=True):
                     target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(placed_state(state["optimizers"][role], optimizer))
+            load_optimizer(optimizer, placed_state(state["optimizers"][role], optimizer))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
             scale.finite_steps.copy_(state["loss_scale"][role][1])
@@ -243,7 +253,7 @@ class Distiller:
         if not isinstance(objective, IntervalObjective):
             raise ValueError(
                 f"Distiller trains by interval objectives; for distill.objective="
-                f"{self.config.objective!r} call comparison.make_distiller(backbone, config)"
+                f"{self.config.objective!r} call make_distiller(backbone, config)"
             )
         return objective
 
@@ -308,16 +318,14 @@ class Distiller:
             schedule=self.schedule,
         )
 
-    def _backward(self, role: str, loss: Tensor, *, retain_graph: bool = False) -> None:
+    def _backward(self, role: str, loss: Tensor) -> None:
         check_leads(loss, role)
         scale = self.loss_scale.get(role)
         weight = 1.0 / self.config.micro_batches
         if role in self.gradients:
             weight /= self.ranks.world  # the all-reduce adds
         with self.phase(f"{role}/backward"):
-            (loss * (weight if scale is None else scale.scale * weight)).backward(
-                retain_graph=retain_graph
-            )
+            (loss * (weight if scale is None else scale.scale * weight)).backward()
 
     def _apply(self, role: str) -> dict[str, Tensor]:
         """Clip, step or skip, average; the role's metrics."""

@@ -1,23 +1,26 @@
 """Running a phase of the step as a graph: captured once, replayed without Python.
 
     CapturedStep    static inputs, warm-up on a side stream, capture, replay
-    CudaGraph       torch.cuda.CUDAGraph behind the two calls that CapturedStep needs
+    CudaGraph       torch.cuda.CUDAGraph behind the few calls that CapturedStep needs
     RecordedGraph   the same for CPU tensors: records the operators and runs them again on the same
-                    memory, so that capture logic is testable without a GPU
+                    memory, spoiling what a CUDA graph would: capture is testable without a GPU
     check_capture_safe    fails on operators that cannot be captured and on steps that differ
 
 What may be captured: no host reads, no data-dependent Python, times and learning rates in device
 tensors, random numbers from a registered generator, non-finite steps skipped by ``found_inf``.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
+
+from mfd_fast.graph_memory import GraphMemory, RecordedPool
 
 WARMUP_CALLS = 3  # lazily made state (optimizer moments, library workspaces) exists after these
 
@@ -35,9 +38,20 @@ FORBIDDEN = {
 
 
 class Graph(Protocol):
-    """A sequence of device work that can run again on the same memory."""
+    """A sequence of device work that can run again on the same memory.
+
+    Made from the generators used inside and a pool.  Graphs of one pool share memory: what one
+    allocates and nobody holds any more, those captured later may use.
+    """
 
     runs_while_capturing: bool
+
+    def __init__(self, generators: Sequence[Generator] = (), pool: Any = None): ...
+
+    @staticmethod
+    def new_pool() -> Any:
+        """Memory for graphs that never run at the same time."""
+        ...
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """Record what ``function`` does and return what it returned."""
@@ -53,8 +67,7 @@ class CudaGraph:
 
     Args:
         generators: CUDA generators used inside.
-        pool: graphs that never run at the same time may share one memory pool; a private one if
-            None.
+        pool: of :meth:`new_pool`; a private one if None.
     """
 
     runs_while_capturing = False
@@ -70,8 +83,18 @@ class CudaGraph:
         for generator in generators:
             self.graph.register_generator_state(generator)
 
+    @staticmethod
+    def new_pool() -> Any:
+        return torch.cuda.graph_pool_handle()
+
     def capture(self, function: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self.graph, pool=self.pool):
+        # Only this thread's calls can spoil the capture: another one may be writing a checkpoint.
+        with torch.cuda.graph(
+            self.graph,
+            pool=self.pool,
+            stream=side_stream(torch.cuda.current_device()),
+            capture_error_mode="thread_local",
+        ):
             return function()
 
     def replay(self) -> None:
@@ -82,31 +105,54 @@ class RecordedGraph(TorchDispatchMode):
     """Records operators on CPU tensors and runs them again into the same tensors.
 
     Stands in for a CUDA graph: Python does not run at replay, inputs are read where they were at
-    capture, and results appear where they appeared at capture.  It keeps every intermediate alive,
-    so it shows stale Python values and wrong static buffers, not the reuse of freed memory.
+    capture, and results appear where they appeared at capture.  Memory that a CUDA graph might find
+    overwritten is overwritten (``graph_memory.py``).
     """
 
     runs_while_capturing = True
 
-    def __init__(self, generators: Sequence[Generator] = (), pool: Any = None):
+    def __init__(self, generators: Sequence[Generator] = (), pool: RecordedPool | None = None):
         super().__init__()
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.memory = GraphMemory(self.new_pool() if pool is None else pool)
+
+    @staticmethod
+    def new_pool() -> RecordedPool:
+        return RecordedPool()
 
     def capture(self, function: Callable[[], Any]) -> Any:
         with self:
-            return function()
+            outputs = function()
+        self.memory.close()
+        return outputs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        _refuse_forbidden(func, args)
+        refuse_forbidden(func, args)
+        self.memory.before(len(self.calls))
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not func.is_view:
-            self.calls.append((func, args, kwargs, out))
+            self._record(func, args, kwargs, out)
         return out
 
+    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """The call with tensors of the graph's own; one that comes twice stays one."""
+        made: dict[int, Tensor] = {}
+
+        def own(x: Tensor, **kind: bool) -> Tensor:
+            if id(x) not in made:
+                made[id(x)] = self.memory.alias(x, **kind)
+            return made[id(x)]
+
+        args, kwargs = tree_map_only(Tensor, own, (args, kwargs))
+        out = tree_map_only(Tensor, partial(own, is_result=True), out)
+        self.calls.append((func, args, kwargs, out))
+
     def replay(self) -> None:
+        self.memory.begin_replay()
         with torch.no_grad():
-            for func, args, kwargs, recorded in self.calls:
+            for number, (func, args, kwargs, recorded) in enumerate(self.calls):
+                self.memory.replay(number)
                 out = func(*args, **kwargs)
                 for old, new in zip(tree_iter(recorded), tree_iter(out), strict=True):
                     if isinstance(old, Tensor) and old is not new:
@@ -124,8 +170,9 @@ class CapturedStep:
 
     Inputs are copied into static buffers; the returned tensors are static too: the next call
     overwrites them.  The warm-up calls run ``function`` itself (on a side stream on a GPU): they
-    are ordinary steps, not thrown away.  ``ValueError`` if an input's shape, dtype or device
-    changes.
+    are ordinary steps, not thrown away.  The last of them is watched: ``refusal`` names an operator
+    that cannot be captured, and then every call stays an ordinary one.  ``ValueError`` if an
+    input's shape, dtype or device changes.
     """
 
     def __init__(
@@ -139,6 +186,7 @@ class CapturedStep:
         self.function = function
         self.make_graph = graph
         self.graph: Graph | None = None
+        self.refusal = ""
         self.calls = 0
         self._inputs: list[Tensor] | None = None
         self._spec: Any = None
@@ -154,21 +202,30 @@ class CapturedStep:
         self.calls += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.calls <= WARMUP_CALLS or (self.after is not None and self.after.graph is None):
-            self._outputs = self._warm_up()
-        else:
+        elif self._is_warm():
             self.graph = self.make_graph()
             self._outputs = self.graph.capture(self._run)
             if not self.graph.runs_while_capturing:
                 self.graph.replay()
+        else:
+            self._outputs = self._warm_up()
         return self._outputs
+
+    def _is_warm(self) -> bool:
+        waits = self.after is not None and self.after.graph is None
+        return self.calls > WARMUP_CALLS and not waits and not self.refusal
 
     def _run(self) -> Any:
         return self.function(*tree_unflatten(self._inputs, self._spec))
 
     def _warm_up(self) -> Any:
         with on_side_stream():
-            return self._run()
+            if self.calls != WARMUP_CALLS:
+                return self._run()
+            with Watch() as watch:
+                outputs = self._run()
+        self.refusal = watch.found
+        return outputs
 
     def _check(self, leaves: list[Tensor], spec: Any) -> None:
         def facts(tensors):
@@ -182,31 +239,70 @@ class CapturedStep:
             )
 
 
-class on_side_stream:  # noqa: N801  (reads as a with-statement)
-    """Run the block on another CUDA stream and join it; nothing to do without a GPU."""
-
-    def __enter__(self):
-        self.context = nullcontext()
-        if torch.cuda.is_available():
-            self.side = torch.cuda.Stream()
-            self.side.wait_stream(torch.cuda.current_stream())
-            self.context = torch.cuda.stream(self.side)
-        self.context.__enter__()
-
-    def __exit__(self, *exc):
-        self.context.__exit__(*exc)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().wait_stream(self.side)
+@lru_cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The one stream of a GPU for warm-ups and captures: libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
-def _refuse_forbidden(func: Any, args: tuple) -> None:
-    name = func.overloadpacket.__name__
+@contextmanager
+def on_side_stream() -> Iterator[None]:
+    """Run the block on :func:`side_stream` and join it; nothing to do without a GPU."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    here, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        yield
+    here.wait_stream(side)
+
+
+def forbidden(func: Any, args: tuple) -> str:
+    """Why an operator cannot be captured, or nothing."""
+    name, what = func.overloadpacket.__name__, ""
     if name in FORBIDDEN and not (name == "repeat_interleave" and len(args) == 1):
-        raise ValueError(f"a captured step may not use {FORBIDDEN[name]} (operator {func})")
-    if name in ("index", "index_put", "index_put_"):
-        masks = [x for x in tree_iter(args[1]) if isinstance(x, Tensor) and x.dtype == torch.bool]
-        if masks:
-            raise ValueError(f"a captured step may not use boolean-mask indexing (operator {func})")
+        what = FORBIDDEN[name]
+    if name in ("index", "index_put", "index_put_") and any(
+        isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_iter(args[1])
+    ):
+        what = "boolean-mask indexing"
+    return what and f"a captured step may not use {what} (operator {func})"
+
+
+class Watch(TorchDispatchMode):
+    """Runs the block as it is; ``found`` is the first reason why it cannot be captured.
+
+    If the block works on a GPU, what it does among CPU tensors alone is Python's own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._found = {"cpu": "", "cuda": ""}
+        self._is_on_gpu = False
+
+    @property
+    def found(self) -> str:
+        return self._found["cuda" if self._is_on_gpu else "cpu"]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_iter((args, out)) if isinstance(x, Tensor)]
+        on_gpu = any(x.is_cuda for x in tensors)
+        why = forbidden(func, args)
+        if on_gpu and func.overloadpacket.__name__ in ("_to_copy", "copy_"):
+            pageable = any(x.device.type == "cpu" and not x.is_pinned() for x in tensors)
+            why = f"a captured step may not copy pageable memory (operator {func})" * pageable
+        self._is_on_gpu |= on_gpu
+        key = "cuda" if on_gpu else "cpu"
+        self._found[key] = self._found[key] or why
+        return out
+
+
+def refuse_forbidden(func: Any, args: tuple) -> None:
+    """``ValueError`` for an operator that cannot be captured."""
+    if why := forbidden(func, args):
+        raise ValueError(why)
 
 
 class _Trace(TorchDispatchMode):
@@ -217,7 +313,7 @@ class _Trace(TorchDispatchMode):
         self.calls: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        _refuse_forbidden(func, args)
+        refuse_forbidden(func, args)
         facts = tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype), (args, kwargs or {}))
         self.calls.append((str(func), str(facts)))
         return func(*args, **(kwargs or {}))

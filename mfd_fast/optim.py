@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +78,26 @@ def check_trains(optimizer: Optimizer, parameters: list[Tensor], role: str) -> N
 
 
 def is_capturable(optimizer: Optimizer) -> bool:
-    """Whether a step may run inside a CUDA graph: it says so, with its learning rate on the
-    device.
+    """Whether a step may run inside a CUDA graph: it says so, with its learning rate in a tensor
+    on the parameters' device.
     """
     return all(
         isinstance(group["lr"], Tensor)
+        and all(p.device == group["lr"].device for p in group["params"])
         and bool(group.get("capturable") or group["lr"].device.type == "cpu")
         for group in optimizer.param_groups
     )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict``, which would put the state's own tensor in place of a learning
+    rate on the device: the old tensor stays and takes its value.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(rate, Tensor):
+            group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
 
 
 def set_warmup_lr(optimizer: Optimizer, config: OptimConfig, update: int) -> None:

@@ -56,8 +56,10 @@ class SanaSettings(Settings):
     skip_bad: bool = False
     """Leave out lines of the prompt file that are no prompt, in place of refusing the file."""
     text_length: CountOrOff = 0
-    """Every batch's text is padded to this many tokens; 0: to its own longest prompt, and to 300
-    where train.capture needs one length.
+    """Every batch's text is padded to this many tokens; 0: to a multiple of text_multiple."""
+    text_multiple: Count = 64
+    """Every batch's text is padded from its longest prompt to a multiple of this many tokens; every
+    length that comes has CUDA graphs of its own.
     """
     rank: Count = 64
     """Rank of the auxiliary's and the student's LoRA."""
@@ -69,6 +71,12 @@ class SanaSettings(Settings):
     """A diffusers LoRA file: the teacher is the checkpoint with it, for all three roles."""
     preview_prompt: str = ""
     """Prompt of the sample grids; empty: the first prompts of the run."""
+
+    def __post_init__(self):
+        if self.text_multiple < 1:
+            raise ValueError(
+                f"sana.text_multiple must be >= 1 (1: no padding), got {self.text_multiple}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +92,7 @@ class SanaRun(RunConfig):
         "--variant": "--sana.variant",
         "--teacher-lora": "--sana.teacher-lora",
     }
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*RunConfig.MAY_CHANGE, "sana.text_multiple")
 
     sana: SanaSettings = field(default_factory=SanaSettings)
     """Text, adapters and sizes."""

@@ -21,7 +21,7 @@ from mfd_fast.distributed import Ranks, local
 from mfd_fast.trainer import Progress
 
 # Settings that may change but change the order in which numbers are added.
-CHANGES_ROUNDING = ("train.capture", "train.float8", "train.activation", "train.shard")
+CHANGES_ROUNDING = ("train.float8", "train.activation", "train.shard", "sana.text_multiple")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

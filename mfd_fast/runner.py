@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from mfd_fast.checkpoint import Counts, clean, read
 from mfd_fast.checkpointer import Checkpointer
-from mfd_fast.comparison import make_distiller as distiller_of
 from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
 from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
 from mfd_fast.environment import environment, peak_memory
 from mfd_fast.float8 import described, use_float8
+from mfd_fast.maker import make_distiller
 from mfd_fast.profiling.timer import BetweenRows
 from mfd_fast.report.plan import device_of, plan_of, show, trained_of
 from mfd_fast.report.trackers import check_tracker, make_tracker
@@ -63,7 +63,7 @@ class _Session:
         check_tracker(config.train.report_to)
         self.task = make_task(config)
         self.next_cond = self.task.conditions()
-        self.distiller = make_distiller(self.task, config, ranks)
+        self.distiller = distiller_of(self.task, config, ranks)
         self.float8 = described(self.distiller, self.next_cond(0)) if config.train.float8 else ""
         self.progress = Progress(self.distiller)
         self.header = header(config, self.distiller.backbone, ranks)
@@ -115,7 +115,9 @@ class _Session:
         if self.ranks.is_main:
             backbone = self.distiller.backbone
             rows = {"device": device_of(backbone.device, self.ranks.world)}
-            rows |= plan_of(self.config, run.path) | {"trained": trained_of(backbone)}
+            rows |= plan_of(self.config, run.path, backbone.device) | {
+                "trained": trained_of(backbone)
+            }
             rows |= {"float8": self.float8} if self.float8 else {}
             show(rows, f"distilling {self.config.preset}")
         if self.resumed:
@@ -164,10 +166,11 @@ class _Session:
         """Student, result table and pictures, from rank 0 alone."""
         run, task, distiller = self.run, self.task, self.distiller
         if self.ranks.is_sharded:  # whole weights again, in this process alone
-            distiller = make_distiller(task, self.config, Ranks())
+            distiller = distiller_of(task, self.config, Ranks())
             distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
         run.flush()
         task.save_student(distiller, run / STUDENT)
+        distiller.release_graphs()  # the table needs networks of its own
         rows = task.evaluate(run, self.config.num_eval_samples)
         run.write_json(
             RESULTS,
@@ -216,14 +219,14 @@ class _Session:
             tqdm.write(f"mfd-fast: {sentence}", file=sys.stderr)
 
 
-def make_distiller(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
-    """The task's distiller, captured if the config says so, spread over the ranks if they are."""
+def distiller_of(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
+    """The task's distiller, spread over the ranks if there are more."""
     backbone = task.backbone()
     if config.train.float8:
         use_float8(backbone)
     if ranks.is_sharded:
         shard_copies(backbone)
-    return distiller_of(
+    return make_distiller(
         backbone,
         config.distill,
         capture=config.train.capture,

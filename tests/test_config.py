@@ -3,13 +3,17 @@
 import dataclasses
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
+from mfd_fast import cli
 from mfd_fast.config import DistillConfig, RunConfig, from_dict, save_config, to_dict
 from mfd_fast.presets import PRESETS, load_config, preset
+from mfd_fast.report.plan import plan_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,3 +115,35 @@ def test_every_setting_of_the_published_presets_has_its_source():
                     assert (told if isinstance(value, str) else float(told)) == value, cells[0]
                 compared += 1
     assert compared > 4 * 20
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("true", "on"), ("false", "off"), ("on", "on"), ("'off'", "off"), ("auto", "auto")],
+)
+def test_train_capture_of_older_files_is_read(written, read, tmp_path):
+    """It was true or false; YAML reads a bare on or off as those."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"preset: digits\ntrain:\n  capture: {written}\n")
+    config = load_config(path)
+    assert config.train.capture == read
+    save_config(config, path)
+    assert load_config(path) == config
+
+
+def test_a_run_says_whether_it_is_captured_and_why(capsys):
+    config = preset("digits")
+
+    def step(device, **train):
+        run = replace(config, train=replace(config.train, **train))
+        return plan_of(run, Path("out"), torch.device(device))["step"].split(", ")[0]
+
+    assert step("cuda") == "captured as CUDA graphs (train.capture auto)"
+    assert step("cuda", capture="off") == step("cpu", capture="off") == "eager (train.capture off)"
+    why = "capturing needs an NVIDIA GPU and this is cpu"
+    assert step("cpu") == f"eager (train.capture auto: {why})"
+    assert "train.shard fsdp gathers weights" in step("cuda", shard="fsdp")
+    options = ["--train.device", "cpu", "--train.capture", "on", "--dry-run"]
+    assert cli.main(["distill", "digits", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{why}; set train.capture to auto or off" in line

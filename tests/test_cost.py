@@ -96,9 +96,9 @@ def test_a_cycle_is_the_sum_of_its_phases_by_torchs_counter():
     predicted = trace_cycle(model, distill, batch)
 
     config = replace(config, train=replace(config.train, device="cpu", batch_size=batch))
-    from mfd_fast.cli.built import make_distiller
+    from mfd_fast.cli.built import built
 
-    distiller, next_cond = make_distiller(replace(config, distill=distill))
+    distiller, next_cond = built(replace(config, distill=distill))
     draw = distiller._draw_table
     distiller._draw_table = lambda cond: tables.append(draw(cond)) or tables[-1]
     with torchs_counter() as counter:
@@ -165,6 +165,7 @@ def test_state_of_an_optimizer(kind):
 def digits_estimate():
     device = device_named("card", bf16_tflops=100.0, bandwidth=1e12, memory=1.1e9)
     config = preset("digits")
+    config = replace(config, train=replace(config.train, capture="off"))
     return estimate(meta_model, config, device, assumed(is_captured=False), gpus=4), config, device
 
 
@@ -173,7 +174,9 @@ def test_the_largest_batch_is_the_largest(digits_estimate):
     assert run.largest_batch > config.train.batch_size
     for batch, fits in ((run.largest_batch, True), (run.largest_batch + 2, False)):
         cycle = trace_cycle(meta_model(config), config.distill, batch)
-        assert (sum(memory_of(cycle, config, has_context=True).values()) <= device.memory) == fits
+        assert (
+            sum(memory_of(cycle, is_captured=False, has_context=True).values()) <= device.memory
+        ) == fits
 
 
 def test_the_smallest_profile_needs_less_than_the_fastest(digits_estimate):
@@ -194,14 +197,13 @@ def test_communication_grows_with_the_gpus_and_is_in_the_run(digits_estimate):
         estimate(meta_model, config, run.device, run.efficiency, gpus=0)
 
 
-def test_captured_runs_keep_three_pools(digits_estimate):
-    run, config, _ = digits_estimate
-    captured = replace(config, train=replace(config.train, capture=True))
-    memory = memory_of(run.cycle, captured, has_context=True)
+def test_captured_runs_keep_two_pools(digits_estimate):
+    run, _, _ = digits_estimate
+    memory = memory_of(run.cycle, is_captured=True, has_context=True)
     pools = [size for name, size in memory.items() if name.startswith("graph pool")]
-    plain = run.memory["activations"]
-    assert len(pools) == 3 and max(pools) <= plain < sum(pools)
-    on_a_cpu = memory_of(run.cycle, captured, has_context=False)
+    plain = memory_of(run.cycle, is_captured=False, has_context=True)["activations"]
+    assert len(pools) == 2 and max(pools) <= plain < sum(pools)
+    on_a_cpu = memory_of(run.cycle, is_captured=True, has_context=False)
     assert "CUDA context" in memory and "CUDA context" not in on_a_cpu
 
 

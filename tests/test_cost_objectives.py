@@ -10,7 +10,7 @@ import torch
 from counting import torchs_counter
 
 from mfd_fast import cli
-from mfd_fast.cli.built import make_distiller
+from mfd_fast.cli.built import built
 from mfd_fast.comparison import ComparisonDistiller
 from mfd_fast.cost import Trace, trace_cycle
 from mfd_fast.cost.compared import STUDENT_UPDATES, followed_draws, trace_compared
@@ -54,7 +54,7 @@ def test_operations_are_those_of_real_updates_by_torchs_counter(objective, setti
     """The first cycles of a run on the CPU, against shapes and the draws that were followed."""
     config = digits(objective, **settings)
     predicted = trace_compared(meta_model(config), config.distill, BATCH, cycles=CYCLES)
-    distiller, next_cond = make_distiller(config)
+    distiller, next_cond = built(config)
     with torchs_counter() as counter:
         cycles_of(config.distill, distiller, next_cond)
     assert counter.get_total_flops() == predicted.total.flops * CYCLES
@@ -94,7 +94,7 @@ def test_operators_and_memory_are_those_of_a_trace_of_real_updates(objective):
     """What only moves memory too, phase by phase; a loop may hold a batch of samples besides."""
     config = digits(objective)
     predicted = trace_compared(meta_model(config), config.distill, BATCH, cycles=CYCLES)
-    distiller, next_cond = make_distiller(config)
+    distiller, next_cond = built(config)
     cycles_of(config.distill, distiller, next_cond, cycles=1)  # makes gradients and AdamW's state
     distiller.host_generator.manual_seed(config.distill.seed)
     conds = [next_cond(update) for update in range(3 * CYCLES)]
@@ -160,7 +160,7 @@ def test_memory_that_stays_is_that_of_what_is_trained(objective):
     model = meta_model(config)
     assert bool(model.backbone.parameters_of("aux")) == (objective not in ALONE)
     cycle = trace_cycle(model, config.distill, BATCH)
-    distiller, next_cond = make_distiller(config)
+    distiller, next_cond = built(config)
     cycles_of(config.distill, distiller, next_cond, cycles=1)
     trained = [p for role in distiller.roles for p in distiller.parameters_of(role)]
     states = [x for opt in distiller.optimizers.values() for s in opt.state.values()
@@ -193,7 +193,7 @@ def test_estimate_from_the_command_line(objective, capsys):
 def test_measured_and_predicted_phases_of_a_cycle_have_the_same_names():
     config = digits("reflow", step_size=0.5)
     cycle = trace_cycle(meta_model(config), config.distill, BATCH)
-    distiller, next_cond = make_distiller(config)
+    distiller, next_cond = built(config)
     assert measured_phases(distiller, next_cond, cycles=2).keys() == cycle.phases.keys()
     assert distiller.num_updates == {"aux": 0, "student": 3}
 
@@ -217,7 +217,10 @@ def test_a_unet_without_a_file_has_the_sizes_of_its_training():
         (["digits", "--objective", "dmd"], "distill.objective must be one of .*'dmd2'.*got 'dmd'"),
         (["sana-tiny", "--objective", "dmd2"], "preset 'sana-tiny' trains adapters: take --obj"),
         (["occfm-tiny", "--objective", "imm"], "preset 'occfm-tiny' does not give: take --obj"),
-        (["digits", "--objective", "cd", "--train.capture"], "set train.capture to false"),
+        (
+            ["digits", "--objective", "cd", "--train.capture", "on"],
+            "set train.capture to auto",
+        ),
         (["digits", "--objective", "cd", "--gpus", "2"], "trains in one process: drop --gpus"),
         (["digits", "--objective", "imm", "--batch", "6"], "multiple of it, got 6"),
         (["digits", "--objective", "dmd2", "--distill.micro-batches", "3"], "equal parts; got 64"),

@@ -9,7 +9,8 @@ from gaussian import GaussianNetwork
 from torch import nn
 
 from mfd_fast import CopiedBackbone, DistillConfig
-from mfd_fast.comparison import ComparisonDistiller, make_distiller
+from mfd_fast.comparison import ComparisonDistiller
+from mfd_fast.maker import make_distiller
 from mfd_fast.objective_settings import Dmd2Settings, SenseFlowSettings
 from mfd_fast.objectives import make_objective
 from mfd_fast.objectives.dmd2 import normalised_gradient

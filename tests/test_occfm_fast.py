@@ -262,7 +262,7 @@ def test_recorded_replay_equals_eager_bit_for_bit():
         _, _, cond = inputs(1, seed=seed)
         expected, got = eager.step(cond), captured.step(cond)
         assert all(torch.equal(expected[k], got[k]) for k in expected), seed
-    assert captured._steps["aux"].graph is not None
+    assert captured.num_graphs > 0  # it did capture
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def test_making_the_network_is_not_counted(monkeypatch):
 def test_a_captured_run_is_predicted_by_its_pools():
     plain, pools = predicted(Case(TINY, 2)), predicted(Case(TINY, 2, is_captured=True))
     assert "activations" in plain and "activations" not in pools
-    assert {f"graph pool, {name}" for name in ("auxiliary", "student", "integration")} <= set(pools)
+    assert {f"graph pool, {name}" for name in ("updates", "integration")} <= set(pools)
     assert "CUDA context" not in {*plain, *pools}
     assert all(plain[key] == pools[key] for key in ("weights", "gradients", "optimizer"))
 

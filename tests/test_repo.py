@@ -58,10 +58,11 @@ LAYERS = [
     {"adapters"},
     {"activation"},
     {"shared_backbone"},
-    {"objectives", "optim", "distributed"},
+    {"objectives", "optim", "distributed", "graph_memory"},
     {"graphs", "distiller", "float8"},
     {"captured"},
     {"comparison"},
+    {"maker"},
     {"profiling", "cost"},
     {"checkpoint", "checkpointer", "monitors"},
     {"trainer", "run_folder", "models", "metrics", "data", "report"},
@@ -109,8 +110,9 @@ def test_engine_imports_no_concrete_model():
 
 FORBIDDEN = re.compile(r"\.item\(\)|\.cpu\(\)|\.tolist\(\)|\bprint\(|torch\.cuda\.synchronize")
 HOT = ("mfd_fast/ops", "kernels", "mfd_fast/integrate.py", "mfd_fast/distiller.py",
-       "mfd_fast/graphs.py", "mfd_fast/optim.py", "mfd_fast/backbone.py",
-       "mfd_fast/adapters.py", "mfd_fast/objectives", "mfd_fast/captured.py",
+       "mfd_fast/graphs.py", "mfd_fast/graph_memory.py", "mfd_fast/optim.py",
+       "mfd_fast/backbone.py", "mfd_fast/adapters.py", "mfd_fast/objectives",
+       "mfd_fast/captured.py",
        "mfd_fast/lora.py", "mfd_fast/shared_backbone.py", "mfd_fast/activation.py")  # fmt: skip
 
 

@@ -74,6 +74,20 @@ def test_a_captured_run_continues_bit_for_bit(tmp_path, uninterrupted):
     assert_same(second.state_dict(), uninterrupted[0])
 
 
+def test_a_run_continues_bit_for_bit_with_another_train_capture(tmp_path, uninterrupted):
+    make = partial(CapturedDistiller, graph=RecordedGraph)
+    parts = ({}, {"make": make}), ({"make": make}, {})
+    for number, (first, second) in enumerate(parts):
+        run(tmp_path / str(number), updates=UPDATES, stop=StopAfter(9), **first)
+        end, _ = run(tmp_path / str(number), updates=UPDATES, resumed=True, **second)
+        assert_same(end.state_dict(), uninterrupted[0])
+    config = preset("digits")
+    for capture in (False, True, "on", "off"):  # the first two from older versions
+        saved = to_dict(config)
+        saved["train"]["capture"] = capture
+        assert check_config(saved, config) == []
+
+
 class ChannelsLast(torch.nn.Module):
     """A convolution whose weight lies in memory as its products want it."""
 

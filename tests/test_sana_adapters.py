@@ -180,7 +180,7 @@ def test_captured_updates_are_the_plain_updates():
         _, _, cond = inputs(2)
         metrics, others = plain.step(cond), captured.step(cond)
         assert all(torch.equal(others[name], value) for name, value in metrics.items())
-    assert captured._steps["aux"].graph is not None
+    assert captured.num_graphs > 0  # it did capture
 
 
 @torch.no_grad()

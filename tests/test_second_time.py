@@ -10,8 +10,9 @@ from gaussian import GaussianNetwork
 from test_objective_matching import ToyTokens, condition, toy_distiller
 
 from mfd_fast import AdapterBank, CopiedBackbone, DistillConfig, Distiller, SharedBackbone
-from mfd_fast.comparison import ComparisonDistiller, make_distiller
+from mfd_fast.comparison import ComparisonDistiller
 from mfd_fast.flow import uniform_schedule
+from mfd_fast.maker import make_distiller
 from mfd_fast.models.dit import DiT, DiTConfig, load_dit, save_dit
 from mfd_fast.models.second_time import with_second_time
 from mfd_fast.objectives import OBJECTIVES
@@ -127,10 +128,10 @@ def test_an_objective_without_an_auxiliary_keeps_none():
 
 def test_the_wrong_engine_says_what_to_call():
     backbone = CopiedBackbone(ToyTokens(), sample_shape=(3,))
-    with pytest.raises(ValueError, match=r"objective='cd' call comparison\.make_distiller"):
+    with pytest.raises(ValueError, match=r"objective='cd' call make_distiller"):
         Distiller(backbone, DistillConfig(objective="cd"))
-    with pytest.raises(ValueError, match=r"'cd' cannot be captured; set train\.capture to false"):
-        make_distiller(backbone, DistillConfig(objective="cd"), capture=True)
+    with pytest.raises(ValueError, match=r"'cd' cannot be captured; set train\.capture to auto"):
+        make_distiller(backbone, DistillConfig(objective="cd"), capture="on")
     assert type(make_distiller(backbone, DistillConfig())) is Distiller
 
 

@@ -330,3 +330,22 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(checkpoint, prompts, tmp_path, caps
     }  # fmt: skip
     assert cli.main(command(checkpoint, tmp_path)) == 0
     assert len(calls) == 4 and len(TextStore(tmp_path / "store", verify=True)) == 11
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 7, 500])
+def test_lengths_are_multiples_from_either_source(encoder, prompts, tmp_path, multiple):
+    """A few lengths, the same in a run from a store and in one that encodes as it trains."""
+    store = write_text_store(tmp_path / "store", prompts, encoder, batch=1, shard_size=4)
+    sources = [StoredText(store), EncodedText(prompts, encoder, ahead=1)]
+    stored, encoded = (
+        TextConditions(source, batch_size=2, seed=5, multiple=multiple) for source in sources
+    )
+    for n in range(6):
+        longest = max(store.lengths[i] for i in stored.indices(n))
+        ours, theirs = stored.next_cond(n), encoded.next_cond(n)
+        length = min(-(-int(longest) // multiple) * multiple, 300)
+        assert ours["text"].shape[:2] == theirs["text"].shape[:2] == (2, length)
+        assert torch.equal(ours["mask"], theirs["mask"])
+        nulls = [c.null_cond(ours) for c in (stored, encoded)]
+        assert all(null["mask"].shape == (2, length) for null in nulls)
+        assert torch.equal(nulls[0]["text"], nulls[1]["text"])

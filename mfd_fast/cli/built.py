@@ -10,7 +10,7 @@ from mfd_fast.distributed import Ranks
 from mfd_fast.tasks import make_task
 
 
-def make_distiller(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:
+def built(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:
     """The distiller of a preset and ``next_cond(n)``, the condition of its update number n."""
     task = make_task(config)
-    return runner.make_distiller(task, config, Ranks()), task.conditions()
+    return runner.distiller_of(task, config, Ranks()), task.conditions()

@@ -20,6 +20,7 @@ def dry_run(config: RunConfig, out: Path) -> None:
     from mfd_fast.cost.estimate import estimate
     from mfd_fast.cost.measured import efficiency_here
     from mfd_fast.cost.table import text
+    from mfd_fast.maker import run_is_captured
     from mfd_fast.report.trackers import check_tracker
     from mfd_fast.tasks import make_task
     from mfd_fast.tasks.meta import meta_model
@@ -29,10 +30,13 @@ def dry_run(config: RunConfig, out: Path) -> None:
     task = make_task(config)
     found = task.check()
     model = meta_model(config)
-    rows = {"device": device_of(task.device), **plan_of(config, out), **found}
+    rows = {"device": device_of(task.device), **plan_of(config, out, task.device), **found}
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}
     show(rows, f"{config.preset}, dry run")
-    device, efficiency = efficiency_here(devices.this_machine(), config.preset)
+    is_captured = run_is_captured(config, task.device.type)
+    device, efficiency = efficiency_here(
+        devices.this_machine(), config.preset, is_captured=is_captured
+    )
     print(text(estimate(meta_model, config, device, efficiency)))
     print("\nNothing was written. The same command without --dry-run starts the run.")
 

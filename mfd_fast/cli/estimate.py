@@ -105,6 +105,7 @@ def _device(
     """The device that was named or described, and what share of its rates a run reaches."""
     from mfd_fast.cost import devices
     from mfd_fast.cost.measured import calibrated, efficiency_here
+    from mfd_fast.maker import run_is_captured
 
     if gpu is None:
         gpu = OWN_GPU if all(numbers.values()) else DEFAULT_GPU
@@ -113,7 +114,7 @@ def _device(
         raise ValueError(f"--gpu expects a name; there is {known}")
     name = gpu_named(gpu, devices.DEVICES)
     if name != devices.THIS_MACHINE:
-        device, is_captured = devices.device_named(name, **numbers), config.train.capture
+        device, is_captured = devices.device_named(name, **numbers), run_is_captured(config, "cuda")
         measured = None
         if not any(numbers.values()):
             measured = calibrated(device, config.preset, is_captured=is_captured)
@@ -123,17 +124,19 @@ def _device(
             "this machine is measured: drop --peak-tflops, --bandwidth and --memory, or name a GPU "
             "by --gpu"
         )
-    return efficiency_here(devices.this_machine(), config.preset)
+    device = devices.this_machine()
+    is_captured = run_is_captured(config, "cuda" if device.is_gpu else "cpu")
+    return efficiency_here(device, config.preset, is_captured=is_captured)
 
 
 def _measured(config: RunConfig, run: "Estimate") -> str:
     """The same cycle run here, beside the prediction; or why it cannot be."""
-    from mfd_fast.cli.built import make_distiller
+    from mfd_fast.cli.built import built
     from mfd_fast.cost.measured import measured_phases
     from mfd_fast.cost.table import side_by_side
 
     try:
-        distiller, next_cond = make_distiller(config)
+        distiller, next_cond = built(config)
     except (ValueError, OSError, ImportError) as error:
         return f"Not measured here: {error}"
     return side_by_side(run, measured_phases(distiller, next_cond))

@@ -33,11 +33,11 @@ def profile(argv: list[str]) -> None:
         config = replace(config, train=replace(config.train, batch_size=batch))
     folder = Path(own.out or f"runs/profile-{name}")
     _check_folder(folder)
-    from mfd_fast.cli.built import make_distiller
+    from mfd_fast.cli.built import built
     from mfd_fast.profiling.profile import profile_cycles, summary
     from mfd_fast.report.profile_picture import profile_picture
 
-    distiller, next_cond = make_distiller(config)
+    distiller, next_cond = built(config)
     _make_folder(folder)
     result = profile_cycles(distiller, next_cond, folder / TRACE, cycles=cycles)
     profile_picture(result, folder / PICTURE)

@@ -10,6 +10,7 @@ Not counted: text encoding, decoding of images, evaluation, reading data.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mfd_fast.activation import POLICIES
 from mfd_fast.config import RunConfig
@@ -23,6 +24,7 @@ from mfd_fast.cost.cycle import (
 )
 from mfd_fast.cost.devices import Device, Efficiency
 from mfd_fast.cost.trace import Work
+from mfd_fast.maker import run_is_captured
 
 MakeModel = Callable[[RunConfig], MetaModel]
 
@@ -129,11 +131,10 @@ def estimate(
     cycle = cycles[config.train.activation]
     # Twice the micro-batches is half the rows at a time, so the double batch must double the rows.
     double = _trace(make_model, config, 2 * batch)
-    has_context = device.is_gpu
-    here, twice = (memory_of(c, config, has_context=has_context) for c in (cycle, double))
-    profiles = sorted(
-        _profiles(cycles, config, device, efficiency, has_context), key=lambda p: p.seconds
-    )
+    is_captured = run_is_captured(config, "cuda" if device.is_gpu else "cpu")
+    size = partial(memory_of, is_captured=is_captured, has_context=device.is_gpu)
+    here, twice = size(cycle), size(double)
+    profiles = sorted(_profiles(cycles, device, efficiency, size), key=lambda p: p.seconds)
     return Estimate(
         config=config,
         device=device,
@@ -168,18 +169,16 @@ def phase_seconds(work: Work, device: Device, efficiency: Efficiency, phase: str
     return total / fit.share + work.num_ops * fit.host_seconds
 
 
-def memory_of(cycle: CycleCost, config: RunConfig, *, has_context: bool) -> dict[str, float]:
+def memory_of(cycle: CycleCost, *, is_captured: bool, has_context: bool) -> dict[str, float]:
     """Bytes by component at the highest point of a cycle.
 
-    With ``train.capture`` each of the three pools of graphs keeps what it needed at its highest.
+    Captured, each of the two pools of graphs keeps what it needed at its highest.
     """
     memory, peak = dict(cycle.persistent), cycle.memory.peak
     phases = {phase: value for phase, value in peak.items() if phase}
-    if config.train.capture:
+    if is_captured:
         ode = phases.pop(INTEGRATE) - cycle.memory.at_entry[INTEGRATE]
-        for role, name in (("aux", "auxiliary"), ("student", "student")):
-            pool = max(value for phase, value in phases.items() if phase.startswith(f"{role}/"))
-            memory[f"graph pool, {name}"] = float(pool)
+        memory["graph pool, updates"] = float(max(phases.values()))
         memory["graph pool, integration"] = float(ode)
     else:
         memory["activations"] = float(max(phases.values()))
@@ -198,16 +197,15 @@ def _with(config: RunConfig, **train: object) -> RunConfig:
 
 def _profiles(
     cycles: dict[str, CycleCost],
-    config: RunConfig,
     device: Device,
     efficiency: Efficiency,
-    has_context: bool,
+    memory_at: Callable[[CycleCost], dict[str, float]],
 ) -> list[Profile]:
     """Every activation policy with every kind of optimizer state."""
     profiles = []
     for policy, cycle in cycles.items():
         seconds = sum(cycle_seconds(cycle, device, efficiency).values())
-        memory = memory_of(cycle, config, has_context=has_context)
+        memory = memory_at(cycle)
         numbers = _trained_numbers(cycle)
         for kind in OPTIMIZERS:
             total = sum(memory.values()) - memory["optimizer"] + numbers * moment_bytes(kind)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.config import RunConfig
+from mfd_fast.maker import described
 from mfd_fast.objectives import make_objective
 
 
@@ -22,8 +23,8 @@ def show(rows: Mapping[str, Any], title: str) -> None:
     Console(highlight=False).print(table)
 
 
-def plan_of(config: RunConfig, out: Path) -> dict[str, str]:
-    """What runs, with which settings, into which folder."""
+def plan_of(config: RunConfig, out: Path, device: Any) -> dict[str, str]:
+    """What runs, with which settings, on which kind of device, into which folder."""
     distill, train = config.distill, config.train
     steps = f"{distill.student_steps} step{'s' * (distill.student_steps != 1)}"
     has_aux = "aux" in make_objective(distill).roles
@@ -35,7 +36,7 @@ def plan_of(config: RunConfig, out: Path) -> dict[str, str]:
         "student": f"{steps} of {distill.student_solver}",
         "cycle": f"{aux}{distill.student_updates} student updates",
         "run": f"{train.updates} student updates of {train.batch_size} samples",
-        "step": f"{'captured' if train.capture else 'eager'}, activations {train.activation}",
+        "step": f"{described(config, device.type)}, activations {train.activation}",
         "checkpoints": f"{every}, the last {train.keep_last} kept",
         "folder": str(out),
     }

@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 import torch
 
-from mfd_fast.comparison import make_distiller
 from mfd_fast.config import ObjectiveName
 from mfd_fast.environment import peak_memory
+from mfd_fast.maker import make_distiller
 from mfd_fast.studies.digits_runs import digits_config
 from mfd_fast.studies.plots import Figure, bars
 from mfd_fast.studies.verdict import Verdict

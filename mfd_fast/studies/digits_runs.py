@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mfd_fast.comparison import make_distiller
 from mfd_fast.config import OptimConfig, RunConfig
 from mfd_fast.distiller import Distiller
+from mfd_fast.maker import make_distiller
 from mfd_fast.presets import preset
 from mfd_fast.tasks import make_task
 from mfd_fast.tasks.digits import EVALUATION_SEED

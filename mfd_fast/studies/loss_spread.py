@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mfd_fast.comparison import make_distiller
 from mfd_fast.distiller import Distiller
+from mfd_fast.maker import make_distiller
 from mfd_fast.studies.digits_runs import digits_config, every_update, student_lr
 from mfd_fast.studies.plots import BLUE, ORANGE, Figure, titled
 from mfd_fast.studies.verdict import Verdict

@@ -61,9 +61,9 @@ def _check_compared(config: RunConfig, backbone: Backbone) -> None:
             f"{config.preset!r} trains adapters: take --objective mfd, or preset digits or cifar10"
         )
     check_samples(config)
-    if config.train.capture:
+    if config.train.capture == "on":
         raise ValueError(
-            f"distill.objective={name!r} cannot be captured; set train.capture to false"
+            f"distill.objective={name!r} cannot be captured; set train.capture to auto or off"
         )
 
 

@@ -11,7 +11,7 @@ from mfd_fast.data.prompts import open_prompts
 from mfd_fast.data.text_store import HEADER, TextStore
 from mfd_fast.models.sana.conditions import EncodedText, StoredText, TextConditions
 from mfd_fast.models.sana.text import trim_text
-from mfd_fast.models.sana.text_encoder import MAX_LENGTH, SanaTextEncoder, load_sana_text_encoder
+from mfd_fast.models.sana.text_encoder import SanaTextEncoder, load_sana_text_encoder
 from mfd_fast.presets import SanaRun
 
 TINY_PROMPTS = ("a red cube", "two cats on a sofa", "a lighthouse at night, oil painting", "fog")
@@ -38,13 +38,13 @@ class SanaText:
         """``ValueError`` or ``OSError`` names the file that is missing or broken."""
         settings, train = self.config.sana, self.config.train
         source = self._source()
-        length = settings.text_length or (min(MAX_LENGTH, source.longest) if train.capture else 0)
         return TextConditions(
             source,
             batch_size=train.batch_size,
             seed=self.config.distill.seed,
             device=self.device,
-            length=length or None,
+            length=settings.text_length or None,
+            multiple=settings.text_multiple,
         )
 
     def next_cond(self, n: int) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from mfd_fast.data.order import shuffled
 from mfd_fast.data.prompts import Prompts
 from mfd_fast.data.text_store import TextStore, check_fits
 from mfd_fast.models.sana.text import trim_text
-from mfd_fast.models.sana.text_encoder import SanaTextEncoder
+from mfd_fast.models.sana.text_encoder import MAX_LENGTH, SanaTextEncoder
 
 Order = Callable[[int], list[int]]  # update number -> indices of its prompts
+Length = Callable[[int], int]  # longest prompt of a batch -> what the batch is padded to
 
 
 class TextSource(Protocol):
@@ -28,10 +29,10 @@ class TextSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, n: int, order: Order, length: int | None) -> dict[str, Tensor]:
+    def batch(self, n: int, order: Order, length: Length) -> dict[str, Tensor]:
         """``{"text": [B, L, dim], "mask": [B, L] bool}`` of update n.
 
-        L is ``length``, or the longest of these prompts and the empty one.
+        L is ``length`` of the longest of these prompts and the empty one.
         """
         ...
 
@@ -44,8 +45,10 @@ class TextConditions:
         batch_size: B, prompts in one update.
         seed: of the order.  Every epoch is another permutation; a batch may span two.
         device: where the conditions go.
-        length: one L for all updates, as a captured step wants it; the longest prompt of the
-            source (``source.longest``) always fits.  None: every batch has the L it needs.
+        length: one L for all updates; the longest prompt of the source (``source.longest``)
+            always fits.  None: every batch has the L it needs.
+        multiple: what every L is raised to a multiple of, 300 (what the encoder gives) at most:
+            a captured step has graphs for every L.
 
     ``ValueError`` if ``length`` is above the source's, or shorter than a prompt that comes.
     """
@@ -58,17 +61,19 @@ class TextConditions:
         seed: int,
         device: torch.device | str = "cpu",
         length: int | None = None,
+        multiple: int = 1,
     ):
         if length is not None and not len(source.null) <= length <= source.longest:
             raise ValueError(
                 f"the text length must be {len(source.null)} to {source.longest}, got {length}"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.device, self.length = torch.device(device), length
+        self.device, self.length, self.multiple = torch.device(device), length, multiple
         null = source.null.to(self.device)
-        self._null_text = null.new_zeros(source.longest, null.shape[1])
+        most = max(source.longest, MAX_LENGTH)
+        self._null_text = null.new_zeros(most, null.shape[1])
         self._null_text[: len(null)] = null
-        self._null_mask = torch.arange(source.longest, device=self.device) < len(null)
+        self._null_mask = torch.arange(most, device=self.device) < len(null)
 
     def indices(self, n: int) -> list[int]:
         """The prompts of update n, by their place in the file."""
@@ -78,8 +83,12 @@ class TextConditions:
 
     def next_cond(self, n: int) -> dict[str, Tensor]:
         """``{"text": [B, L, dim] bfloat16, "mask": [B, L] bool}`` of update n, counted from 0."""
-        cond = self.source.batch(n, self.indices, self.length)
+        cond = self.source.batch(n, self.indices, self._length_of)
         return {name: _to(value, self.device) for name, value in cond.items()}
+
+    def _length_of(self, longest: int) -> int:
+        whole = -(-longest // self.multiple) * self.multiple
+        return self.length or max(longest, min(whole, MAX_LENGTH))  # from every source the same
 
     def null_cond(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The empty prompt in the shapes of cond; everything else in it is passed on."""
@@ -99,8 +108,10 @@ class StoredText:
     def __len__(self) -> int:
         return len(self.store)
 
-    def batch(self, n: int, order: Order, length: int | None) -> dict[str, Tensor]:
-        return self.store.batch(order(n), length)
+    def batch(self, n: int, order: Order, length: Length) -> dict[str, Tensor]:
+        indices = order(n)
+        longest = max(len(self.null), *(int(self.store.lengths[i]) for i in indices))
+        return self.store.batch(indices, length(longest))
 
 
 class EncodedText:
@@ -130,18 +141,17 @@ class EncodedText:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def batch(self, n: int, order: Order, length: int | None) -> dict[str, Tensor]:
+    def batch(self, n: int, order: Order, length: Length) -> dict[str, Tensor]:
         number, place = divmod(n, self.ahead)
         wanted = (number, number + 1) if self._is_queued else (number,)
         self._calls = {k: self._calls.get(k) or self._encode(k, order) for k in wanted}
         text, mask, lengths = self._calls[number].result()
         size = len(lengths) // self.ahead
         rows = slice(place * size, (place + 1) * size)
-        if length is None:
-            length = max(*lengths[rows], len(self.null))
-        check_fits(max(lengths[rows]), length)
+        padded = length(max(*lengths[rows], len(self.null)))
+        check_fits(max(lengths[rows]), padded)
         cond = {"text": text[rows], "mask": mask[rows]}
-        return trim_text(cond, [length] * size)
+        return trim_text(cond, [padded] * size)
 
     def _encode(self, number: int, order: Order) -> "_Call":
         updates = range(number * self.ahead, (number + 1) * self.ahead)

@@ -15,8 +15,8 @@ def trim_text(
         lengths: real tokens of every row, known on the host.  None: read from the mask if that is
             on the CPU; on a device nothing is dropped, because reading would wait for it.
 
-    The result's L changes from batch to batch; a captured step wants one L, so give it the longest
-    length of the data instead.  ``ValueError`` if a length is not in 1 to L.
+    The result's L changes from batch to batch, and a captured step has graphs for every L.
+    ``ValueError`` if a length is not in 1 to L.
     """
     text, mask = cond["text"], cond.get("mask")
     if lengths is None:
