@@ -26,8 +26,8 @@ lint: $(STAMP)-test
 cuda-build:  ## build _C with CUDA in a second environment and import it without a GPU
 	bash scripts/cuda_build.sh
 
-gpu-check:  ## on a machine with an NVIDIA GPU: build, gpu tests, sanitizers, benchmarks
-	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out)
+gpu-check:  ## on a machine with an NVIDIA GPU: build, graphs, headline, gpu tests; then docs/gpu.md
+	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out) first
 
 $(STAMP)-torch:
 	$(PYTHON) -m venv .venv
