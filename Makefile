@@ -33,8 +33,8 @@ lint: $(STAMP)-test
 compat-build:  ## build _C with CUDA for old and new torch, import it, test it on the oldest; no GPU
 	bash scripts/compat_build.sh $(VERSIONS)
 
-gpu-check:  ## on a machine with an NVIDIA GPU: build, gpu tests, sanitizers, benchmarks
-	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out)
+gpu-check:  ## on a machine with an NVIDIA GPU: build, graphs, headline, gpu tests; then docs/gpu.md
+	bash scripts/gpu_check.sh $(or $(OUT),gpu-check-out) first
 
 $(STAMP)-torch:
 	$(PYTHON) -m venv .venv

@@ -76,13 +76,14 @@ def make_ours(
 ) -> Distiller:
     """Our distiller on the weights of a literal loop's transformer."""
     theirs, settings = loop.transformer, loop.settings
-    network = SanaNetwork(SanaConfig.from_dict(dict(theirs.config)), time_table=True)
+    with torch.device(theirs.device):
+        network = SanaNetwork(SanaConfig.from_dict(dict(theirs.config)), time_table=True)
     state = {
         key.replace(".base_layer", ""): value
         for key, value in theirs.state_dict().items()
         if ".lora_" not in key
     }
-    network.to(theirs.device, theirs.dtype).load_state_dict(state)
+    network.to(theirs.dtype).load_state_dict(state)
 
     def null_cond(cond: dict[str, Tensor]) -> dict[str, Tensor]:
         rows, length = cond["mask"].shape

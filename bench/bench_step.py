@@ -53,7 +53,7 @@ from bench.step_loops import (
 from mfd_fast.cost.devices import Device, Efficiency, calibrate, this_machine
 from mfd_fast.cost.estimate import phase_seconds
 from mfd_fast.cost.trace import Trace, Work
-from mfd_fast.environment import peak_memory
+from mfd_fast.environment import peak_memory, peak_memory_counts
 from mfd_fast.profiling import PhaseTimer
 from mfd_fast.profiling.profile import WAITS
 
@@ -64,6 +64,7 @@ SMOKE = "sequential|lane-packed|fused|captured"
 # What the host calls to give the device work; a graph is one launch.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync",
             "cudaMemsetAsync")  # fmt: skip
+NVML_COUNTS = "the whole GPU: contexts of this process and of the one that started it included"
 HOST_READ = "_local_scalar_dense"  # Python reads a value: a wait, unless it is the host's own
 
 
@@ -104,8 +105,7 @@ def _timed(loop: Loop, update: Callable, repeats: int, kind: str, batch: int) ->
     """Seconds of updates and phases, throughput, memory and energy."""
     timer, nvml = PhaseTimer(kind), Nvml.open() if kind == "cuda" else None
     if kind == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        update_from_empty_cache(update)
     silent, loop.listened.phase = loop.listened.phase, timer.phase
     clock, processor = [], []
     joules = nvml.joules() if nvml else None
@@ -136,6 +136,18 @@ def _timed(loop: Loop, update: Callable, repeats: int, kind: str, batch: int) ->
             name: {"seconds": round(median(taken), 6)} for name, taken in timer.seconds().items()
         },
     }
+
+
+def update_from_empty_cache(update: Callable) -> None:
+    """One more update, which takes again what it needs: the peak is that of updates alone.
+
+    Making a network passes through more memory than its updates.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    update()
+    torch.cuda.synchronize()
 
 
 def _work_columns(counted: dict[str, Work], rates: dict[str, float]) -> dict[str, Any]:
@@ -193,6 +205,8 @@ def add_rates(rows: list[dict], rates: dict[str, float], cycle: tuple[int, int])
 def rates_here(device: str) -> dict[str, float]:
     """What this device reaches in large operators; the unit that shares are shares of."""
     here = this_machine(device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # the variants run beside this process
     return {
         "tflops": round(here.flops(working_dtype(device)) / 1e12, 4),
         "bf16_tflops": round(here.bf16_tflops, 4),
@@ -235,6 +249,7 @@ def main() -> int:
             print(json.dumps(row), flush=True)
         return 0
     config = {"model": args.model, "interval": INTERVAL, "step": STEP, "repeats": repeats}
+    config |= {"peak_mb": peak_memory_counts(args.device), "nvml_mb": NVML_COUNTS}
     head = header("step", args.device, config | {"rates": rates, "cycle": cycle})
     only = args.only or (SMOKE if args.smoke else "")
     rows: list[dict] = []

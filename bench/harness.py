@@ -3,9 +3,9 @@
 On CUDA every implementation is captured into a graph that walks through as many copies of its
 inputs as it takes to read more than twice the L2, and that writes no output buffer twice; a replay
 is one sample, and its time per call is reported.  That is the device's time without the host's
-launch gaps, as the distillation step runs it.  What cannot be captured is timed on the stream
-(``timing`` in the row says so).  On the CPU the implementations take turns, one call each, on the
-same inputs.
+launch gaps, as the distillation step runs it.  What cannot be captured ends the benchmark, and the
+cases before it are kept.  On the CPU the implementations take turns, one call each, on the same
+inputs.
 
     python -m bench.bench_interpolate --out bench/results/interpolate_h100.json
     python -m bench.bench_interpolate --smoke       # any machine: runs the code, checks the numbers
@@ -107,11 +107,11 @@ def verify(case: Case) -> None:
 def measure(
     impls: dict[str, Callable[..., object]], inputs: Callable[[], tuple], device: str
 ) -> dict[str, tuple[list[float], str]]:
-    """Microseconds per call of every implementation, and how taken ("graph", "stream", "cpu")."""
+    """Microseconds per call of every implementation, and how taken ("graph", "cpu")."""
     if torch.device(device).type == "cpu":
         return {name: (us, "cpu") for name, us in _measure_cpu(impls, inputs()).items()}
     copies = _cold_copies(inputs)
-    return {name: _measure_cuda(fn, copies) for name, fn in impls.items()}
+    return {name: (_measure_cuda(fn, copies), "graph") for name, fn in impls.items()}
 
 
 def _measure_cpu(impls: dict[str, Callable[..., object]], args: tuple) -> dict[str, list[float]]:
@@ -144,7 +144,8 @@ def _cold_copies(inputs: Callable[[], tuple]) -> list[tuple]:
     return [first] + [inputs() for _ in range(copies - 1)]
 
 
-def _measure_cuda(fn: Callable[..., object], copies: list[tuple]) -> tuple[list[float], str]:
+def _measure_cuda(fn: Callable[..., object], copies: list[tuple]) -> list[float]:
+    """Raises what the capture raises: after that nothing in this process can be captured."""
     calls = max(len(copies), MIN_CALLS)
     args = [copies[i % len(copies)] for i in range(calls)]
     side = torch.cuda.Stream()
@@ -158,18 +159,12 @@ def _measure_cuda(fn: Callable[..., object], copies: list[tuple]) -> tuple[list[
     torch.cuda.current_stream().wait_stream(side)
 
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            held = [fn(*one) for one in args]  # alive together: no output buffer is written twice
-        replay, timing = graph.replay, "graph"
-    except RuntimeError:  # the call synchronises or allocates outside torch
-        torch.cuda.synchronize()
-        replay, timing = (lambda: [fn(*one) for one in args]), "stream"
-        held = []
-    samples = [us / calls for us in _replay_times(replay)]
-    del held, graph, replay
+    with torch.cuda.graph(graph):
+        held = [fn(*one) for one in args]  # alive together: no output buffer is written twice
+    samples = [us / calls for us in _replay_times(graph.replay)]
+    del held, graph
     torch.cuda.empty_cache()
-    return samples, timing
+    return samples
 
 
 def _replay_times(replay: Callable[[], object]) -> list[float]:

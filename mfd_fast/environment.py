@@ -69,12 +69,29 @@ def _triton_version() -> str | None:
         return None
 
 
+PEAK_MEMORY = {
+    "cuda": "most bytes that torch's allocator took from the GPU: graph pools and cache included",
+    "cpu": "most resident bytes of the process",
+}
+
+
+def peak_memory_counts(device: Any) -> str:
+    """What :func:`peak_memory` counts there, for a result to say."""
+    import torch
+
+    return PEAK_MEMORY[torch.device(device).type]
+
+
 def peak_memory(device: Any) -> int:
-    """Most bytes so far: the allocator's on a GPU, the process's resident ones on the CPU."""
+    """Most bytes so far, of ``PEAK_MEMORY``'s.
+
+    Not ``max_memory_allocated``: what a graph computes with is allocated while it is captured, and
+    counts as free when it is replayed.
+    """
     import torch
 
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
     if status.exists():  # a process made by a large one inherits its ru_maxrss
         lines = status.read_text().splitlines()

@@ -72,12 +72,6 @@ class SanaSettings(Settings):
     preview_prompt: str = ""
     """Prompt of the sample grids; empty: the first prompts of the run."""
 
-    def __post_init__(self):
-        if self.text_multiple < 1:
-            raise ValueError(
-                f"sana.text_multiple must be >= 1 (1: no padding), got {self.text_multiple}"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class SanaRun(RunConfig):

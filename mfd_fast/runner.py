@@ -14,7 +14,7 @@ from mfd_fast.checkpointer import Checkpointer
 from mfd_fast.config import RunConfig, to_dict
 from mfd_fast.distiller import Distiller
 from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
-from mfd_fast.environment import environment, peak_memory
+from mfd_fast.environment import environment, peak_memory, peak_memory_counts
 from mfd_fast.float8 import described, use_float8
 from mfd_fast.maker import make_distiller
 from mfd_fast.profiling.timer import BetweenRows
@@ -181,6 +181,7 @@ class _Session:
                 "updates": distiller.num_updates,
                 "skipped_updates": int(distiller.skipped),
                 "peak_memory_gb": peak_memory(distiller.backbone.device) / 1e9,
+                "peak_memory_counts": peak_memory_counts(distiller.backbone.device),
                 "phases": self.phases.phases,
                 "float8": self.float8,
                 "table": rows,

@@ -77,9 +77,11 @@ class SolverTable:
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """Numbers of the host on ``device``, without waiting for it."""
-    is_cuda = torch.device(device).type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
+    """The values on ``device``, without waiting for it: the host's go to a GPU by way of pinned
+    memory, for a copy of pageable memory may wait.
+    """
+    goes_up = torch.device(device).type == "cuda" and values.device.type == "cpu"
+    return (values.pin_memory() if goes_up else values).to(device, non_blocking=goes_up)
 
 
 def _euler(nodes: np.ndarray) -> Rows:

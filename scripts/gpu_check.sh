@@ -1,170 +1,141 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in runs of less than nine minutes.
+# What a first quarter of an hour on an NVIDIA GPU should tell, most important first; docs/gpu.md.
 #
-#   scripts/gpu_check.sh OUT       writes OUT/results.json and OUT/log.txt; a table is printed last
-#   python scripts/gpu_results.py unpack OUT/results.json bench/results   # files to commit
+#   scripts/gpu_check.sh OUT first     build, graphs, headline, tests: at most 480 s
+#   scripts/gpu_check.sh OUT second    profile, fused, operators, memcheck: at most 330 s
+#   scripts/gpu_check.sh OUT STAGE...  these only
 #
-# STAGES       which stages to run, in this order (default: build test sanitize bench).  "build"
-#              comes first on a fresh machine; these take a run of their own each:
-#                step       whole updates of digits and SANA 1.6B, one switch at a time
-#                time       seconds predicted from what "step" left in bench/results, and measured
-#                memory     bytes predicted and measured
-#                occfm      OccFM's network and decoder against the reference
-#                estimate   a cycle of SANA 1.6B by phase, predicted and measured
-#                profile    digits and SANA 1.6B under the profiler
-#                roofline   the device's copy bandwidth and product rates
-#                baseline   the literal diffusers + PEFT loop against ours; skipped without them
-# BENCH        which operators, e.g. "interpolate glu_depthwise" (default: all)
-# STEP_MODELS, ESTIMATE_PRESETS, PROFILE_PRESETS  which models
-# BENCH_FLAGS, STEP_FLAGS, TIME_FLAGS, MEMORY_FLAGS, OCCFM_FLAGS, ESTIMATE_FLAGS, PROFILE_FLAGS,
-# ROOFLINE_FLAGS, BASELINE_FLAGS  handed to the module of that stage.  A model whose variants do not
-#              fit in one run takes several, STEP_FLAGS="--only REGEX": unpack joins their rows.
-# TESTS        what pytest is given besides -m gpu (default: tests)
-# PYTHON       a Python with torch >= 2.11, triton, numpy, safetensors, pytest, setuptools, cmake and
-#              ninja (default: python3); with nvidia-ml-py there are joules, with diffusers,
-#              transformers and peft the loops that need them
+# Everything goes straight into OUT, at most eight files: log.txt, and what each stage measured, in
+# the form that `python scripts/gpu_results.py OUT bench/results` turns into files to commit.
+#
+# PYTHON       a Python with torch >= 2.11, triton, numpy, safetensors, pytest, cmake and ninja
+#              (default: python3); with pytest-xdist the tests are run in parallel, with diffusers,
+#              transformers and peft there is a literal loop, with nvidia-ml-py there are joules
+# MFD_WHEELS   a folder of wheels that this Python lacks; they are unpacked for this run only
 # MFD_COMMIT   the commit, for the results, where the files are no git repository
-# SECONDS_MAX  stop starting things after this many seconds (default: 525)
-# DRY_RUN=1    go on without a GPU, to try this script itself
+# SECONDS_MAX  stop starting things after this many seconds (default: 480, "second": 330)
+# DRY_RUN=1    all of it small and on the CPU, to try this script itself
 #
-# Exit status: 0 all passed, 1 something failed, 3 skipped because there is no GPU.
+# Exit status: 0 all passed, 1 something failed, 2 wrong arguments, 3 there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:?usage: scripts/gpu_check.sh OUT}
-python=${PYTHON:-python3}
-stages=${STAGES:-build test sanitize bench}
-deadline=$((SECONDS + ${SECONDS_MAX:-525}))
-for stage in $stages; do
+out=${1:?usage: scripts/gpu_check.sh OUT first | second | STAGE...}
+shift
+seconds_max=480
+case "$*" in
+  first) set -- build graphs headline tests ;;
+  second) set -- profile fused operators memcheck; seconds_max=330 ;;
+esac
+for stage in "${@:-none}"; do
   case $stage in
-    build | test | sanitize | bench | step | time | memory | occfm | estimate | profile) ;;
-    roofline | baseline) ;;
-    *) echo "gpu_check: unknown stage '$stage'; there are build test sanitize bench step time" \
-      "memory occfm estimate profile roofline baseline" >&2; exit 2 ;;
+    build | graphs | headline | tests | profile | fused | operators | memcheck) ;;
+    *) echo "gpu_check: unknown stage '$stage'; take first, second, or some of build graphs" \
+      "headline tests profile fused operators memcheck" >&2; exit 2 ;;
   esac
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+deadline=$((SECONDS + ${SECONDS_MAX:-$seconds_max}))
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+say() { echo "== $*" | tee -a "$out/log.txt"; }
 
-finish() {  # the result, the logs and the table
-  for log in "$work"/*.log; do
-    [ -e "$log" ] && { echo "==== $(basename "$log" .log)"; tail -c 200000 "$log"; }
-  done > "$out/log.txt"
-  "$python" scripts/gpu_results.py collect "$work" "$out/results.json"
-}
-
-capability=$("$python" -c 'import torch
-print("{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "none")')
-if [ "${capability:-none}" = none ] && [ "${DRY_RUN:-}" != 1 ]; then
-  echo "skipped: no GPU (torch.cuda.is_available() is false)" | tee "$work/skipped"
-  finish
-  exit 3
+python=$(command -v "${PYTHON:-python3}") || { echo "gpu_check: no ${PYTHON:-python3}" >&2; exit 2; }
+PATH=$(dirname "$python"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bin  # cmake, ninja; nvcc
+if [ -n "${MFD_WHEELS:-}" ]; then
+  "$python" -m pip install -q --no-index --no-deps --target "$work/site" "$MFD_WHEELS"/*.whl || exit 2
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
+dry=${DRY_RUN:-}
+arch=$("$python" -c 'import torch
+print("{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "none")')
+if [ "${arch:-none}" = none ] && [ "$dry" != 1 ]; then
+  say "skipped: no GPU (torch.cuda.is_available() is false)"
+  exit 3
+fi
+[ "$arch" = 90 ] && arch=90a  # what csrc/cuda is compiled for on a Hopper
+
 failed=0
-run() {  # NAME LIMIT COMMAND...: at most LIMIT seconds, and not past the deadline
-  local name=$1 limit=$2 begin=$SECONDS status=0
-  shift 2
-  if [ $((deadline - SECONDS)) -lt "$limit" ]; then limit=$((deadline - SECONDS)); fi
+run() {  # NAME EXPECTED LIMIT COMMAND...: seconds it should take, and may; never past the deadline
+  local name=$1 expected=$2 limit=$3 begin=$SECONDS status=0 left=$((deadline - SECONDS))
+  shift 3
+  [ "$left" -lt "$limit" ] && limit=$left
+  say "$name: about $expected s, at most $limit s"
   if [ "$limit" -lt 5 ]; then
     status=124
   else
-    timeout --kill-after=5 "$limit" "$@" > "$work/$name.log" 2>&1 || status=$?
+    timeout --kill-after=5 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
   fi
   [ "$status" -eq 0 ] || failed=1
-  echo "$name $status $((SECONDS - begin))" >> "$work/stages.txt"
-  echo "== $name: status $status after $((SECONDS - begin)) s"
-  if [ "$status" -ne 0 ] && [ -e "$work/$name.log" ]; then tail -n 15 "$work/$name.log"; fi
+  say "$name: status $status after $((SECONDS - begin)) s"
+  [ "$status" -eq 0 ] || tail -n 15 "$out/log.txt"
+  return "$status"
 }
 
-stage_build() {  # for the GPU at hand only; 9.0a is what csrc/cuda is compiled for
-  local arch=$capability
-  [ "$arch" = 90 ] && arch=90a
-  MFD_CUDA=ON MFD_CUDA_ARCHS=$arch run build 200 "$python" setup.py build_ext --inplace
+# What differs in a dry run: the device, and how much there is to do.
+on="--device cuda" model=sana-1.6b preset=sana-1.6b built=$PWD/mfd_fast
+headline="literal|captured"
+cuda=(-DMFD_CUDA=ON "-DMFD_CUDA_ARCHS=$arch")
+graphs=(-m gpu tests/test_graphs.py) first=(-m gpu tests/test_float8.py)
+tests=(-m gpu tests --ignore tests/test_graphs.py --ignore tests/test_float8.py)
+kept="--repeats 3" operators=(--no-compile --only "x3.* bfloat16")
+if [ "$dry" = 1 ]; then
+  on="--device cpu" model=sana-tiny preset=digits built=$work
+  headline="literal|fused"
+  cuda=(-DMFD_CUDA=OFF)
+  graphs=(tests/test_graphs.py) first=(tests/test_float8.py -k product) tests=(tests/test_interpolate.py)
+  kept=--smoke operators=(--smoke)
+fi
+
+stage_build() {  # for this GPU only; nothing else makes sense without it
+  run configure 10 60 cmake -G Ninja -S . -B build/gpu-check "${cuda[@]}" \
+    "-DPython_EXECUTABLE=$python" "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$built" &&
+    run build 40 150 cmake --build build/gpu-check && return
+  say "stopped: without a build the rest says nothing"
+  exit 1
 }
 
-stage_test() {
-  run test 150 "$python" -m pytest -m gpu -q -p no:cacheprovider ${TESTS:-tests}
+stage_graphs() {  # a capture that fails spoils its process, so they have one of their own
+  run float8 10 60 "$python" -m pytest -q -p no:cacheprovider "${first[@]}"
+  run graphs 40 100 "$python" -m pytest -q -p no:cacheprovider "${graphs[@]}"
 }
 
-stage_sanitize() {  # compiled and Triton kernels in turn; the first launch fills Triton's cache
-  local launch="$python scripts/launch_every_kernel.py" backend tool
-  for backend in cpp triton; do
-    export MFD_FAST_BACKEND=$backend
-    run "launch-$backend" 60 $launch
-    for tool in memcheck racecheck initcheck; do
-      # Without torch's cache every tensor is an allocation of its own, with its own bounds.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool-$backend" 60 compute-sanitizer --tool "$tool" \
-        --error-exitcode 9 --target-processes application-only $launch
-    done
-  done
-  unset MFD_FAST_BACKEND
+step() {  # NAME EXPECTED LIMIT VARIANTS: cycles an hour, memory, launches, waits
+  run "$1" "$2" "$3" "$python" -m bench.bench_step --model "$model" $on $kept --only "$4" \
+    --out "$out/$1.json"
 }
 
-stage_bench() {
-  local file name
-  for file in bench/bench_*.py; do
-    name=$(basename "$file" .py)
-    case " ${BENCH:-${name#bench_}} " in *" ${name#bench_} "*) ;; *) continue ;; esac
-    grep -qF 'main(OP, cases)' "$file" || continue  # what is no operator has a stage of its own
-    run "$name" 200 "$python" -m "bench.$name" --out "$work/$name.json" ${BENCH_FLAGS:-}
-  done
-}
+stage_headline() { step headline 130 220 "^($headline)\$"; }
+stage_fused() { step fused 110 150 '^(fused|fp8)$'; }
 
-measure() {  # NAME LIMIT MODULE ARGUMENTS...: a benchmark whose result is kept
-  local name=$1 limit=$2 module=$3
-  shift 3
-  run "$name" "$limit" "$python" -m "bench.$module" "$@" --out "$work/result_${name//[-.]/_}.json"
-}
-
-stage_step() {
-  local model
-  for model in ${STEP_MODELS:-digits sana-1.6b}; do
-    measure "step-$model" 480 bench_step --model "$model" ${STEP_FLAGS:-}
-  done
-}
-
-stage_time() {  # "step" of the same run first: predictions are made from bench/results
-  if [ "${DRY_RUN:-}" != 1 ]; then
-    "$python" scripts/gpu_results.py place "$work" bench/results
-  fi
-  measure predicted_time 480 predicted_time ${TIME_FLAGS:---device cuda}
-}
-
-stage_memory() { measure predicted_memory 300 predicted_memory ${MEMORY_FLAGS:---device cuda}; }
-
-stage_occfm() {
-  measure occfm_network 300 bench_occfm ${OCCFM_FLAGS:-}
-  measure occfm_decoder 200 bench_occfm_decoder ${OCCFM_FLAGS:-}
-}
-
-stage_estimate() {
-  local preset
-  for preset in ${ESTIMATE_PRESETS:-sana-1.6b}; do
-    measure "estimate-$preset" 300 cycles estimate "$preset" ${ESTIMATE_FLAGS:-}
-  done
+stage_tests() {
+  local workers=()
+  "$python" -c 'import xdist' 2> /dev/null && [ "$dry" != 1 ] && workers=(-n auto)
+  run tests 110 240 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${tests[@]}"
 }
 
 stage_profile() {
-  local preset
-  for preset in ${PROFILE_PRESETS:-digits sana-1.6b}; do
-    measure "profile-$preset" 300 cycles profile "$preset" ${PROFILE_FLAGS:-} \
-      --trace "$out/profile-$preset.json.gz"
+  run profile 60 120 "$python" -m bench.cycles profile "$preset" $on --cycles 1 \
+    --trace "$out/trace.json.gz" --out "$out/profile.json"
+}
+
+stage_operators() {
+  local op
+  for op in glu_depthwise linear_attention segmented_lora; do
+    run "$op" 14 60 "$python" -m "bench.bench_$op" $on "${operators[@]}" --out "$out/$op.json"
   done
 }
 
-stage_roofline() { measure roofline 120 roofline ${ROOFLINE_FLAGS:-}; }
-
-stage_baseline() {
-  if "$python" -c 'import diffusers, peft' 2> /dev/null; then
-    measure sana_literal 480 bench_sana ${BASELINE_FLAGS:---size 1.6b --device cuda}
-  else
-    echo "== baseline: skipped, diffusers and peft are not installed"
-  fi
+stage_memcheck() {  # without torch's cache every tensor has bounds of its own
+  local launch=("$python" scripts/launch_every_kernel.py $on) tool=()
+  [ "$dry" = 1 ] || tool=(compute-sanitizer --tool memcheck --error-exitcode 9)
+  run launch 15 60 "${launch[@]}"  # fills Triton's cache
+  run memcheck 45 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" "${launch[@]}"
 }
 
-for stage in $stages; do "stage_$stage"; done
-finish
+for stage in "$@"; do "stage_$stage"; done
+"$python" scripts/gpu_results.py "$out" | tee -a "$out/log.txt"
+[ "$failed" = 0 ] && say "gpu check: passed" || say "gpu check: failed"
 exit $failed

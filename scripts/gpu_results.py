@@ -1,12 +1,11 @@
-"""The result file of scripts/gpu_check.sh.
+"""What scripts/gpu_check.sh left in a folder.
 
-    python scripts/gpu_results.py collect WORK RESULTS.json    # stages and benchmarks of one run
-    python scripts/gpu_results.py unpack RESULTS.json bench/results   # one file per benchmark
-    python scripts/gpu_results.py place WORK bench/results     # the same for a run that goes on
+    python scripts/gpu_results.py OUT                  # every row, to read
+    python scripts/gpu_results.py OUT bench/results    # as files to commit
 
-Files are named after benchmark and device, as they are committed: interpolate_h100.json,
-step_sana_1_6b_h100.json.  Rows of a file that is there already are kept if it is of the same
-commit, device and settings: that is how several runs make one result.
+Files are named after benchmark and device: glu_depthwise_h200.json, step_sana_1_6b_h200.json.  Rows
+of a file that is there already are kept if it is of the same commit, device and settings: that is
+how several runs make one result.
 """
 
 import json
@@ -21,54 +20,41 @@ from bench.suite import case_of, columns_of
 
 # Words of a device's name that are not its model.
 BRANDS = ("nvidia", "geforce", "tesla", "quadro")
+STEP_COLUMNS = (
+    *("variant", "update", "seconds", "cycles_per_hour"),
+    *("peak_mb", "nvml_mb", "launches", "waits"),
+)
 SAME = ("op", "device", "driver", "torch", "commit", "threads")
 
 
-def collect(work: Path, results: Path) -> None:
-    """One document: why it was skipped, or every stage's status and every benchmark's file."""
-    report: dict = {"status": "passed", "stages": [], "bench": {}, "results": {}}
-    skipped = work / "skipped"
-    if skipped.exists():
-        report["status"] = skipped.read_text().strip()
-    stages = work / "stages.txt"
-    for line in stages.read_text().splitlines() if stages.exists() else []:
-        name, status, seconds = line.split()
-        report["stages"].append({"name": name, "status": int(status), "seconds": int(seconds)})
-        if status != "0":
-            report["status"] = "failed"
-    for path in sorted(work.glob("bench_*.json")):
-        report["bench"][path.stem.removeprefix("bench_")] = json.loads(path.read_text())
-    for path in sorted(work.glob("result_*.json")):
-        report["results"][path.stem.removeprefix("result_")] = json.loads(path.read_text())
-    results.write_text(json.dumps(report, indent=1) + "\n")
-    show(report)
+def results_in(folder: Path) -> list[dict]:
+    """The benchmarks in a folder, by file name."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in found if "rows" in result]
 
 
-def show(report: dict) -> None:
-    for name, bench in report["bench"].items():
-        copy = bench["config"]["copy_gb_s"]
-        print(f"\n{name} on {bench['device']}, copy {copy} GB/s")
-        print(table(bench["rows"]))
-    for name, result in report["results"].items():
-        print(f"\n{name} on {result['device']}", *result["rows"], sep="\n")
-    print()
-    for stage in report["stages"]:
-        verdict = {0: "ok", 124: "out of time", 127: "not found"}.get(stage["status"], "FAILED")
-        print(f"{stage['name']:<24} {verdict:<12} {stage['seconds']:>4} s")
-    print(f"gpu check: {report['status']}")
+def name_of(result: dict) -> str:
+    """Of its file, without the device: the benchmark, and the model or preset it is of."""
+    config = result["config"]
+    subject = config.get("model") or config.get("preset")
+    return re.sub(r"\W+", "_", "_".join(filter(None, (result["op"], subject))))
 
 
-def unpack(results: Path, folder: Path) -> None:
-    """Write the benchmarks of a result file one by one, each row on a line."""
-    report = json.loads(results.read_text())
-    for name, bench in (report["bench"] | report["results"]).items():
-        put(name, bench, folder)
+def show(folder: Path) -> None:
+    """Every row, a whole update by what is asked of it first."""
+    for result in results_in(folder):
+        print(f"\n{name_of(result)} on {result['device']}")
+        if "timing" in result["rows"][0]:
+            print(table(result["rows"]))
+            continue
+        for row in result["rows"]:
+            print({key: row[key] for key in STEP_COLUMNS} if result["op"] == "step" else row)
 
 
-def place(work: Path, folder: Path) -> None:
-    """Write what a run has measured so far as :func:`unpack` will."""
-    for path in sorted(work.glob("result_*.json")):
-        put(path.stem.removeprefix("result_"), json.loads(path.read_text()), folder)
+def place(folder: Path, target: Path) -> None:
+    """Write every benchmark as it is committed, each row on a line."""
+    for result in results_in(folder):
+        put(name_of(result), result, target)
 
 
 def put(name: str, bench: dict, folder: Path) -> None:
@@ -107,5 +93,5 @@ def short(device: str) -> str:
 
 
 if __name__ == "__main__":
-    action = {"collect": collect, "unpack": unpack, "place": place}[sys.argv[1]]
-    action(Path(sys.argv[2]), Path(sys.argv[3]))
+    folder, *target = map(Path, sys.argv[1:])
+    place(folder, *target) if target else show(folder)

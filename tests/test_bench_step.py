@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import bench_step, performance, roofline, sana_mini, step_loops, waterfall
+from bench import bench_step, harness, performance, roofline, sana_mini, step_loops, waterfall
 from mfd_fast.backbone import AUX, TEACHER, TEACHER_UNCOND
+from mfd_fast.environment import peak_memory, peak_memory_counts
 
 from numerics import assert_as_accurate
 
@@ -96,6 +99,34 @@ def test_ours_reads_nothing_but_its_own_table_on_the_host():
     assert all(row["host_reads"] > 10 for row in literal)
     assert [row["host_reads"] for row in ours] == [0, 2]  # t and r, made by the host
     assert ours[1]["operators"] < literal[1]["operators"] / 3
+
+
+def test_peak_memory_of_a_gpu_counts_graph_pools(monkeypatch):
+    """What a graph computes with is free to the allocator, and taken from the GPU all the same."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda *_: 7)
+    assert peak_memory("cuda") == 7
+    assert "graph pools" in peak_memory_counts("cuda") and "resident" in peak_memory_counts("cpu")
+
+
+def test_peak_memory_is_that_of_updates_alone(monkeypatch):
+    order = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
+    bench_step.update_from_empty_cache(lambda: order.append("update"))
+    assert order[:4] == ["synchronize", "empty_cache", "reset_peak_memory_stats", "update"]
+
+
+def test_a_result_says_what_its_memory_counts(tmp_path, monkeypatch):
+    rows = rows_of("digits", "lane-packed")
+    monkeypatch.setattr(bench_step, "measure_elsewhere", lambda *_: rows)
+    monkeypatch.setattr(bench_step, "rates_here", lambda _: RATES)
+    out = tmp_path / "step.json"
+    options = ["--model", "digits", "--device", "cpu", "--only", "lane-packed", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["bench_step", *options])
+    assert bench_step.main() == 0
+    config = json.loads(out.read_text())["config"]
+    assert config["peak_mb"] == peak_memory_counts("cpu") and "whole GPU" in config["nvml_mb"]
 
 
 def test_variants_of_a_device():
@@ -203,3 +234,28 @@ def test_the_published_cycle_has_the_methods_evaluations():
     assert times["student, no gradient"] == 10 * 4 and times["encode a prompt"] == 11
     sana = {row["part"]: row["tflop"] / row["times"] for row in result["rows"]}
     assert abs(sana["teacher, guided"] / (2 * 2.97) - 1) < 0.01  # two lanes of 2.97 TFLOP
+
+
+def test_a_failed_capture_ends_the_benchmark(monkeypatch):
+    """After it the allocator refuses ``empty_cache`` and every later capture of the process."""
+    calls = []
+
+    class Capture(nullcontext):
+        def __exit__(self, *_):
+            raise RuntimeError("capture failed")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": nullcontext,
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: None,
+        "graph": Capture,
+        "empty_cache": lambda: calls.append("empty_cache"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(harness, "WARMUP_S", 0.0)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        harness._measure_cuda(lambda x: calls.append("run") or x, [(1,)])
+    assert set(calls) == {"run"}

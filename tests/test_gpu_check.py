@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about having no GPU")
 
 
-def gpu_check(out: Path, **env: str) -> subprocess.CompletedProcess:
+def gpu_check(out: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(ROOT / "scripts/gpu_check.sh"), str(out)],
+        ["bash", str(ROOT / "scripts/gpu_check.sh"), str(out), *arguments],
         env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
@@ -26,39 +26,89 @@ def gpu_check(out: Path, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+def stages_of(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """Step -> its status, in order."""
+    found = re.findall(r"^== ([\w-]+): status (\d+) after", done.stdout, re.MULTILINE)
+    return {name: int(status) for name, status in found}
+
+
 @without_gpu
 def test_says_that_there_is_no_gpu(tmp_path):
-    done = gpu_check(tmp_path)
+    done = gpu_check(tmp_path, "first")
     assert done.returncode == 3
-    assert "skipped: no GPU" in done.stdout
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert report["status"].startswith("skipped: no GPU")
-    assert report["bench"] == {}
+    assert (
+        "skipped: no GPU" in done.stdout and "skipped: no GPU" in (tmp_path / "log.txt").read_text()
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("biuld",), ("first", "second")])
+def test_refuses_unknown_stages(tmp_path, arguments):
+    done = gpu_check(tmp_path / "out", *arguments, DRY_RUN="1")
+    assert done.returncode == 2 and "take first, second, or some of build" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+MAX_FILES, NAMES = 8, re.compile(r"[A-Za-z0-9._-]+")  # what a lent machine gives back
 
 
 @without_gpu
-def test_runs_stages_and_collects_results(tmp_path, bare):
-    done = gpu_check(
-        tmp_path,
-        **bare,
-        DRY_RUN="1",
-        STAGES="test bench",
-        TESTS="tests/test_interpolate.py",
-        BENCH="interpolate occfm",  # the second is no operator
-        BENCH_FLAGS="--smoke --device cpu",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert [stage["name"] for stage in report["stages"]] == ["test", "bench_interpolate"]
-    assert {row["impl"] for row in report["bench"]["interpolate"]["rows"]} >= {"eager", "ours"}
-    assert "gpu check: passed" in done.stdout.splitlines()[-1]
-    assert "==== test" in (tmp_path / "log.txt").read_text()
+@pytest.mark.slow
+def test_both_commands_run_on_a_bare_machine(tmp_path, bare):
+    """Everything, small, in one folder; then as files to commit."""
+    out, committed = tmp_path / "out", tmp_path / "committed"
+    first, second = (gpu_check(out, name, DRY_RUN="1", **bare) for name in ("first", "second"))
+    assert [*stages_of(first)] == ["configure", "build", "float8", "graphs", "headline", "tests"]
+    operators = ["glu_depthwise", "linear_attention", "segmented_lora"]
+    assert [*stages_of(second)] == ["profile", "fused", *operators, "launch", "memcheck"]
+    for done in (first, second):
+        assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
+        assert done.stdout.splitlines()[-1] == "== gpu check: passed"
+    files = [path.name for path in out.iterdir()]
+    assert len(files) <= MAX_FILES and all(map(NAMES.fullmatch, files))
 
-    unpack = [sys.executable, str(ROOT / "scripts/gpu_results.py"), "unpack"]
-    subprocess.run([*unpack, str(tmp_path / "results.json"), str(tmp_path / "each")], check=True)
-    (file,) = (tmp_path / "each").iterdir()
-    assert file.name == "interpolate_cpu.json"
-    assert json.loads(file.read_text())["op"] == "interpolate"
+    script = str(ROOT / "scripts/gpu_results.py")
+    subprocess.run([sys.executable, script, str(out), str(committed)], check=True)
+    names = {f"{name}_cpu.json" for name in (*operators, "step_sana_tiny", "profile_digits")}
+    assert {path.name for path in committed.iterdir()} == names
+
+
+@without_gpu
+def test_a_failed_build_stops_the_run(tmp_path):
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "cmake").write_text("#!/bin/sh\necho no compiler; exit 7\n")
+    for name in ("python3", "cmake"):
+        (tmp_path / name).chmod(0o755)
+    done = gpu_check(tmp_path / "out", "first", DRY_RUN="1", PYTHON=str(tmp_path / "python3"))
+    assert done.returncode == 1
+    assert stages_of(done) == {"configure": 7}
+    assert "no compiler" in done.stdout and "stopped: without a build" in done.stdout
+
+
+@without_gpu
+def test_a_failing_stage_fails_the_run_and_the_next_still_runs(tmp_path):
+    done = gpu_check(tmp_path, "memcheck", "operators", DRY_RUN="1", MFD_FAST_BACKEND="none")
+    assert done.returncode == 1
+    assert set(stages_of(done).values()) == {1} and len(stages_of(done)) == 5
+
+
+@without_gpu
+def test_nothing_starts_after_the_deadline(tmp_path):
+    done = gpu_check(tmp_path, "graphs", "profile", DRY_RUN="1", SECONDS_MAX="0")
+    assert done.returncode == 1 and stages_of(done) == {
+        "float8": 124,
+        "graphs": 124,
+        "profile": 124,
+    }
+
+
+def test_expected_times_fit_the_two_commands():
+    """And every stage may take longer than expected."""
+    text = (ROOT / "scripts/gpu_check.sh").read_text()
+    steps = re.findall(r"\b(?:run|step) (\S+) (\d+) (\d+) ", text)
+    times = {name: (int(expected), int(limit)) for name, expected, limit in steps}
+    assert all(expected < limit for expected, limit in times.values())
+    operators = 2 * times['"$op"'][0]  # counted once among all
+    assert sum(expected for expected, _ in times.values()) + operators < 0.8 * (480 + 330)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +151,10 @@ def step_result(rows: dict[tuple[str, str], float], **head: object) -> dict:
 
 
 def unpacked(gpu_results, folder: Path, result: dict) -> dict[tuple[str, str], float]:
-    """The rows that the committed file has after ``unpack``."""
-    file = folder / "results.json"
-    file.write_text(json.dumps({"bench": {}, "results": {"step_sana_1_6b": result}}))
-    gpu_results.unpack(file, folder / "committed")
+    """The rows that the committed file has after ``place``."""
+    (folder / "headline.json").write_text(json.dumps(result))
+    (folder / "other.json").write_text("{}")
+    gpu_results.place(folder, folder / "committed")
     (path,) = (folder / "committed").iterdir()
     assert path.name == "step_sana_1_6b_h100.json"
     rows = json.loads(path.read_text())["rows"]
@@ -130,30 +180,8 @@ def test_results_of_other_work_are_not_joined(gpu_results, tmp_path, change):
     assert unpacked(gpu_results, tmp_path, step_result(new, **change)) == new
 
 
-def test_what_a_run_has_measured_is_placed_while_it_runs(gpu_results, tmp_path):
-    result = step_result({("fused", "aux"): 2.0})
-    (tmp_path / "result_step_sana_1_6b.json").write_text(json.dumps(result))
-    (tmp_path / "other.json").write_text("{}")
-    gpu_results.place(tmp_path, tmp_path / "placed")
-    (path,) = (tmp_path / "placed").iterdir()
-    assert path.name == "step_sana_1_6b_h100.json" and json.loads(path.read_text()) == result
-
-
-@without_gpu
-def test_a_failing_stage_fails_the_run(tmp_path):
-    done = gpu_check(tmp_path, DRY_RUN="1", STAGES="test", TESTS="tests/no_such_file.py")
-    assert done.returncode == 1
-    assert json.loads((tmp_path / "results.json").read_text())["status"] == "failed"
-
-
-def test_refuses_an_unknown_stage(tmp_path):
-    done = gpu_check(tmp_path, DRY_RUN="1", STAGES="biuld")
-    assert done.returncode == 2
-    assert "unknown stage 'biuld'" in done.stderr
-
-
 # Of what is installed only ALLOWED is found, with what these need and what they ship within.
-ALLOWED = ("torch", "triton", "numpy", "safetensors", "nvidia-ml-py", "pytest", "setuptools")
+ALLOWED = ("torch", "triton", "numpy", "safetensors", "nvidia-ml-py", "pytest", "cmake", "ninja")
 PARTS = {
     "torch": "torch functorch torchgen",
     "pytest": "pytest _pytest py",
@@ -212,71 +240,6 @@ def test_a_bare_python_lacks_what_this_one_has(bare):
         done = python(bare, "-c", f"import {name}")
         assert f"No module named '{name}'" in done.stderr
     assert python(bare, "-c", "import torch, numpy, safetensors, mfd_fast").returncode == 0
-
-
-CPU = "--device cpu"
-# stage -> settings that make it small, results
-SMALL = {
-    "step": (
-        {
-            "STEP_MODELS": "digits sana-tiny",
-            "STEP_FLAGS": f"--smoke {CPU} --only fused|lane-packed",
-        },
-        ["step_digits", "step_sana_tiny"],
-    ),
-    "memory": ({"MEMORY_FLAGS": f"{CPU} --only occfm"}, ["predicted_memory"]),
-    "occfm": ({"OCCFM_FLAGS": f"--smoke {CPU}"}, ["occfm_decoder", "occfm_network"]),
-    "estimate": (
-        {"ESTIMATE_PRESETS": "sana-tiny", "ESTIMATE_FLAGS": f"{CPU} --cycles 1"},
-        ["estimate_sana_tiny"],
-    ),
-    "profile": (
-        {"PROFILE_PRESETS": "digits", "PROFILE_FLAGS": f"{CPU} --cycles 1"},
-        ["profile_digits"],
-    ),
-    "roofline": ({}, ["roofline"]),
-    "baseline": ({}, []),
-}  # fmt: skip
-
-
-@without_gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", SMALL)
-def test_a_stage_runs_on_a_bare_machine(stage, bare, tmp_path):
-    env, expected = SMALL[stage]
-    done = gpu_check(tmp_path, DRY_RUN="1", STAGES=stage, **env, **bare)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert sorted(report["bench"] | report["results"]) == expected
-    assert all(result["rows"] for result in report["results"].values())
-    if stage == "baseline":
-        assert "skipped, diffusers and peft are not installed" in done.stdout
-
-
-@without_gpu
-@pytest.mark.slow
-def test_the_literal_loop_has_a_stage(tmp_path):
-    pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    env = {"BASELINE_FLAGS": "--size tiny --repeats 2"}
-    done = gpu_check(tmp_path, DRY_RUN="1", STAGES="baseline", **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert report["results"]["sana_literal"]["config"]["size"] == "tiny"
-
-
-def test_every_other_stage_is_tried(bare):
-    """Two are tried above; what the others import is tried here, for they need a GPU to run."""
-    text = (ROOT / "scripts/gpu_check.sh").read_text()
-    stages = set(re.findall(r"^stage_(\w+)\(\)", text, re.MULTILINE))
-    assert stages - set(SMALL) == {"test", "bench", "build", "sanitize", "time"}
-    for command in (
-        ("-m", "bench.predicted_time", "--help"),
-        ("setup.py", "--version"),
-        ("scripts/launch_every_kernel.py", "--help"),
-    ):
-        done = python(bare, *command)
-        assert done.returncode == 0, done.stderr
 
 
 def test_every_operator_is_launched():

@@ -109,6 +109,6 @@ def test_none_without_what_it_takes(driver, monkeypatch, fault):
 def test_on_this_gpu():
     pytest.importorskip("pynvml")
     gpu = Nvml.open()
-    before = gpu.used_bytes()
     block = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    assert gpu.used_bytes() >= before + block.nbytes // 2
+    # Other processes may take and free memory meanwhile: only what is held here is certain.
+    assert block.nbytes <= gpu.used_bytes() <= torch.cuda.mem_get_info()[1]

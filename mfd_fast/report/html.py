@@ -118,7 +118,8 @@ def _results(run: RunFolder) -> str:
         "skipped": results["skipped_updates"],
     }
     if "peak_memory_gb" in results:
-        facts["peak memory"] = f"{results['peak_memory_gb']:.3g} GB"
+        counts = results.get("peak_memory_counts", "")  # older results do not say
+        facts["peak memory"] = f"{results['peak_memory_gb']:.3g} GB" + (counts and f", {counts}")
     columns = list(results["table"][0]) if results["table"] else []
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(

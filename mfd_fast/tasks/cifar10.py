@@ -17,6 +17,7 @@ from mfd_fast.objectives import make_objective
 from mfd_fast.objectives.sampling import StudentSampler
 from mfd_fast.presets import Cifar10Run
 from mfd_fast.run_folder import STUDENT, RunFolder
+from mfd_fast.solvers import to_device
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.digits import SEED_STRIDE
 from mfd_fast.tasks.digits_eval import DiTSampler, Sampler, draw_images, sampler_name
@@ -80,7 +81,7 @@ class Cifar10Task:
         def next_cond(n: int) -> tuple[Tensor, Tensor]:
             generator = Generator().manual_seed(seed * SEED_STRIDE + n)
             rows = torch.randint(len(images), (batch,), generator=generator)
-            return to_unit_range(images[rows]).to(self.device, non_blocking=True), empty
+            return to_unit_range(to_device(images[rows], self.device)), empty
 
         return next_cond
 

@@ -20,6 +20,7 @@ from mfd_fast.flow import sample_times
 from mfd_fast.models.unet import UNet, UNetConfig, save_unet
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.settings import Count, CountOrOff, Decay, Positive
+from mfd_fast.solvers import to_device
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.occfm_pretrain import FitConfig, fit
 
@@ -65,9 +66,9 @@ def pretrain(config: Cifar10Pretrain, out: Path) -> dict[str, Any]:
 
     def loss(n: int) -> Tensor:
         rows = torch.randint(len(images), (config.batch_size,), generator=generator)
-        x0 = flipped(to_unit_range(images[rows]), generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        t = sample_times(config.batch_size, "uniform", generator=generator).to(device)
+        x0 = to_device(flipped(to_unit_range(images[rows]), generator), device)
+        noise = to_device(torch.randn(x0.shape, generator=generator), device)
+        t = to_device(sample_times(config.batch_size, "uniform", generator=generator), device)
         x_t, target = interpolate_with_target(x0, noise, t)
         return F.mse_loss(network(x_t, t), target)
 

@@ -73,7 +73,7 @@ class DigitsTask:
         def next_cond(n: int) -> Tensor:
             generator = Generator().manual_seed(seed * SEED_STRIDE + n)
             labels = torch.randint(classes, (batch,), generator=generator)
-            return labels.to(self.device, non_blocking=True)
+            return to_device(labels, self.device)
 
         return next_cond
 

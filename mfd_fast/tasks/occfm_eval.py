@@ -15,6 +15,7 @@ from mfd_fast.models.occfm import OccfmNetwork, forecast
 from mfd_fast.models.occfm.fast_decoder import FastDecoder
 from mfd_fast.models.occfm.vae import OccupancyVae
 from mfd_fast.models.occfm.vae3d import OccupancyVae3d
+from mfd_fast.solvers import to_device
 from mfd_fast.tasks.table import markdown_table
 
 Forecast = Callable[[Sequence[int]], Tensor]  # windows to class ids uint8 [B, 6, X, Y, Z]
@@ -95,8 +96,8 @@ class Windows:
 def condition(batch, device: torch.device) -> dict[str, Tensor]:
     """What the network is given of an ``OccupancyBatch``."""
     return {
-        "history": batch.latents[:, :HISTORY].to(device, non_blocking=True),
-        "trajectory": batch.trajectory.to(device, non_blocking=True),
+        "history": to_device(batch.latents[:, :HISTORY], device),
+        "trajectory": to_device(batch.trajectory, device),
     }
 
 

@@ -35,6 +35,7 @@ from mfd_fast.models.occfm.vae_config import VAE_CONFIGS
 from mfd_fast.models.occfm.vae_loss import vae_loss
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.settings import Count, CountOrOff, Decay, NotNegative, Positive, Seed, Settings
+from mfd_fast.solvers import to_device
 from mfd_fast.tasks.device import pick_device
 
 VAE, TEACHER = "vae.safetensors", "teacher.safetensors"
@@ -138,7 +139,7 @@ def pretrain_teacher(config: TeacherPretrain, out: Path) -> dict[str, Any]:
 
     def loss(n: int) -> Tensor:
         batch = windows.batch(n, config.batch_size, config.seed)
-        batch = OccupancyBatch(*(leaf.to(device, non_blocking=True) for leaf in batch))
+        batch = OccupancyBatch(*(to_device(leaf, device) for leaf in batch))
         return flow_matching_loss(teacher, batch, config.history_dropout, generator)
 
     trained, metrics = fit(teacher, loss, config)

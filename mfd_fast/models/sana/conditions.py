@@ -4,7 +4,7 @@ Both sources serve the n-th update from n alone, so a resumed run needs no data 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mfd_fast.data.prompts import Prompts
 from mfd_fast.data.text_store import TextStore, check_fits
 from mfd_fast.models.sana.text import trim_text
 from mfd_fast.models.sana.text_encoder import MAX_LENGTH, SanaTextEncoder
+from mfd_fast.solvers import to_device
 
 Order = Callable[[int], list[int]]  # update number -> indices of its prompts
 Length = Callable[[int], int]  # longest prompt of a batch -> what the batch is padded to
@@ -84,7 +85,7 @@ class TextConditions:
     def next_cond(self, n: int) -> dict[str, Tensor]:
         """``{"text": [B, L, dim] bfloat16, "mask": [B, L] bool}`` of update n, counted from 0."""
         cond = self.source.batch(n, self.indices, self._length_of)
-        return {name: _to(value, self.device) for name, value in cond.items()}
+        return {name: to_device(value, self.device) for name, value in cond.items()}
 
     def _length_of(self, longest: int) -> int:
         whole = -(-longest // self.multiple) * self.multiple
@@ -182,10 +183,3 @@ class _Call:
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             self._lengths = self._host_mask.sum(1).tolist()
         return self.text, self.mask, self._lengths
-
-
-def _to(tensor: Tensor, device: Any) -> Tensor:
-    """Copy to the device without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
