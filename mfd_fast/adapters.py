@@ -248,6 +248,14 @@ class AdapterBank(nn.Module):
         self._merged = None
         self._plans.clear()
 
+    def keep_merged(self) -> None:
+        """Make a merge final: unmerge is over, and the network forgets the bank."""
+        self._merged = None
+        for target in self.targets:
+            hooks = target.module._forward_hooks
+            for key in [k for k, hook in hooks.items() if _is_of(self, hook)]:
+                del hooks[key], target.module._forward_hooks_with_kwargs[key]
+
     def _add(self, name: str, rank: int, alpha: float, *, is_trained: bool) -> Adapter:
         if name in self.adapters or not name.isidentifier():
             raise ValueError(
@@ -339,6 +347,10 @@ def _split_rows(target: Target, length: int, call: _Call) -> tuple[int, int]:
             f"{call.num_lanes}{'' if call.rows is None else f' = {rows}, or a multiple'}"
         )
     return rows // call.num_lanes, length // rows
+
+
+def _is_of(bank: AdapterBank, hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func == bank._after_target
 
 
 def _refresh_all(bank: AdapterBank, _: Any) -> None:

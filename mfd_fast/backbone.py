@@ -56,6 +56,17 @@ def batch_size(cond: Any) -> int:
     return sizes.pop()
 
 
+def in_parts(cond: Any, parts: int) -> list[Any]:
+    """``cond`` in equal parts, the micro-batches; ``ValueError`` if its batch does not divide."""
+    batch = batch_size(cond)
+    if batch % parts:
+        raise ValueError(
+            f"the batch must divide into distill.micro_batches={parts} equal parts; got {batch}"
+        )
+    rows = batch // parts
+    return [tree_map(lambda leaf, i=i: leaf[i * rows : (i + 1) * rows], cond) for i in range(parts)]
+
+
 @dataclass
 class Prepared:
     """What is constant along a trajectory: the condition of every lane, made once.
@@ -156,6 +167,10 @@ class Backbone(Protocol):
         """Called after the role's parameters changed: update what is derived from them in place."""
         ...
 
+    def student_network(self) -> nn.Module:
+        """A copy of the student as a network of its own, ``network(x, t, cond)``, in eval mode."""
+        ...
+
 
 class CopiedBackbone(nn.Module):
     """Three full copies of a network ``network(x, t, cond) -> v``.
@@ -192,7 +207,11 @@ class CopiedBackbone(nn.Module):
         self._side_stream: torch.cuda.Stream | None = None
         first = next(teacher.parameters())
         self.dtype = first.dtype if dtype is None else dtype
-        self.device = first.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are: trainers move them after the backbone was made."""
+        return next(self.teacher.parameters()).device
 
     def prepare(self, cond: Any) -> Prepared:
         batch = batch_size(cond)
@@ -253,6 +272,15 @@ class CopiedBackbone(nn.Module):
 
     def refresh(self, role: str) -> None:
         """Nothing is derived from the parameters of a full copy."""
+
+    def student_network(self) -> nn.Module:
+        """A copy of the student, in eval mode; ``ValueError`` if it is spread over ranks."""
+        if any(hasattr(parameter, "to_local") for parameter in self.student.parameters()):
+            raise ValueError(
+                "the student's weights are spread over ranks: inside averaged_student(), gather "
+                "them with torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            )
+        return copy.deepcopy(self.student).eval()
 
 
 @contextmanager

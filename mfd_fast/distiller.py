@@ -3,24 +3,31 @@ device.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
-from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, batch_size, swapped
+from mfd_fast.backbone import AUX, STUDENT, Backbone, Prepared, batch_size, in_parts
 from mfd_fast.config import DistillConfig, OptimConfig
-from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like
-from mfd_fast.flow import Schedule, sample_times
+from mfd_fast.distributed import FlatGradients, Ranks, placed_like, ranks_of
+from mfd_fast.flow import Schedule, aux_times
 from mfd_fast.integrate import generate
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
-from mfd_fast.optim import LossScale, clip_and_step, make_optimizer, set_warmup_lr
+from mfd_fast.optim import (
+    LossScale,
+    check_own,
+    clip_and_step,
+    make_optimizer,
+    set_warmup_lr,
+    unwrapped,
+)
 from mfd_fast.solvers import SolverTable, to_device
+from mfd_fast.student import StudentWeights
 
 
 def no_phase(name: str) -> AbstractContextManager:
@@ -34,18 +41,22 @@ _NOTHING = nullcontext()
 TRAINED = ("aux", "student")
 
 
-class Distiller:
+class Distiller(StudentWeights):
     """Auxiliary and student updates of one backbone.
 
     Args:
         backbone: teacher, auxiliary and student (``CopiedBackbone`` or your own ``Backbone``).
         config: the method's settings.
-        optimizers: ``{"aux": ..., "student": ...}`` if you own them; fused AdamW from the config if
-            None.
-        ranks: the processes that share every update; alone by default (``distributed.py``).
+        optimizers: ``{"aux": ..., "student": ...}`` if you own them, learning rates and warm-up
+            included: only ``clip_norm`` is taken from the config then.  Fused AdamW from the config
+            if None.
+        ranks: the processes that share every update; those of ``torch.distributed`` if None.
 
     ``cond`` is a pytree whose leaves are ``[B, ...]``; its batch size is the batch size of the
     update, or this rank's share of it: rows rank, rank + world, ...
+
+    Update n of a role has the n-th times, noise and learning rate, whether or not one before was
+    skipped.  An update whose gradient is not finite changes no weight and no average.
     """
 
     def __init__(
@@ -59,20 +70,16 @@ class Distiller:
     ):
         self.backbone = backbone
         self.config = config
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks_of(backbone) if ranks is None else ranks
         self.objective = self._bind_objective()
         self.roles: tuple[str, ...] = self.objective.roles
         for role in self.roles:
             self.ranks.align(self.parameters_of(role))
             backbone.refresh(role)
-        if optimizers is not None and set(optimizers) != set(self.roles):
-            raise ValueError(
-                f"optimizers must have the keys {' and '.join(self.roles)}; "
-                f"got {sorted(optimizers)}"
-            )
-        self.optimizers = optimizers or {
-            role: make_optimizer(self.parameters_of(role), self._optim(role)) for role in self.roles
-        }
+        self._owns_rates = optimizers is None
+        if optimizers is not None:
+            check_own(optimizers, {role: self._optim(role) for role in self.roles})
+        self.optimizers = optimizers or {role: self._make_optimizer(role) for role in self.roles}
         self.host_generator = Generator().manual_seed(config.seed)
         has_storage = backbone.device.type != "meta"  # without, shapes are all that is asked for
         self.generator = Generator(backbone.device if has_storage else "cpu")
@@ -87,7 +94,11 @@ class Distiller:
         self.num_updates = {"aux": 0, "student": 0}
         self.skipped = torch.zeros((), device=backbone.device)
         self.skipped_in_a_row = {role: torch.zeros_like(self.skipped) for role in TRAINED}
-        self.ema = [p.detach().clone() for p in self._student()] if config.ema_decay > 0 else []
+        self.ema = (
+            [p.detach().clone() for p in backbone.parameters_of("student")]
+            if config.ema_decay > 0
+            else []
+        )
         has_replicas = self.ranks.world > 1 and not self.ranks.is_sharded
         self.gradients = {
             role: FlatGradients(self.parameters_of(role))
@@ -123,7 +134,7 @@ class Distiller:
 
     def step(self, cond: Any) -> dict[str, Tensor]:
         """The next update of the cycle: ``aux_updates`` of the auxiliary, then
-        ``student_updates``.
+        ``student_updates``.  Returns the metrics of the role that was updated, and no others.
         """
         return self.student_step(cond) if self.next_role == "student" else self.aux_step(cond)
 
@@ -144,22 +155,10 @@ class Distiller:
     @torch.no_grad()
     def generate(self, noise: Tensor, cond: Any, *, use_ema: bool = True) -> Tensor:
         """Samples of the student, ``[B, *S]``, from noise ``[B, *S]``; averaged weights if kept."""
+        self._warn_if_untrained()
         prepared = self.backbone.prepare(cond)
         with self.averaged_student(use_ema):
             return self._sample_student(noise, prepared)
-
-    @contextmanager
-    def averaged_student(self, use_ema: bool = True) -> Iterator[None]:
-        """Inside the block the student holds its averaged weights (if an average is kept)."""
-        if not (use_ema and self.ema):
-            yield
-            return
-        try:
-            with swapped(self._student(), self.ema):
-                self.backbone.refresh("student")
-                yield
-        finally:
-            self.backbone.refresh("student")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a bit-exact continuation needs, besides the teacher."""
@@ -170,7 +169,10 @@ class Distiller:
         weights = {role: [p.detach() for p in self.parameters_of(role)] for role in self.roles}
         return weights | {
             "ema": list(self.ema),
-            "optimizers": {role: opt.state_dict() for role, opt in self.optimizers.items()},
+            "optimizers": {
+                role: unwrapped(optimizer).state_dict()
+                for role, optimizer in self.optimizers.items()
+            },
             "loss_scale": {
                 role: (scale.scale, scale.finite_steps) for role, scale in self.loss_scale.items()
             },
@@ -196,7 +198,7 @@ class Distiller:
                 for target, value in zip(mine, state[name], strict=True):
                     target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(self._placed(role, state["optimizers"][role]))
+            unwrapped(optimizer).load_state_dict(self._placed(role, state["optimizers"][role]))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
             scale.finite_steps.copy_(state["loss_scale"][role][1])
@@ -223,6 +225,9 @@ class Distiller:
         }
         return {**state, "state": placed}
 
+    def _make_optimizer(self, role: str) -> Optimizer:
+        return make_optimizer(self.parameters_of(role), self._optim(role))
+
     def parameters_of(self, role: str) -> list[Tensor]:
         """What the role's optimizer trains."""
         return self.backbone.parameters_of(role)
@@ -235,9 +240,6 @@ class Distiller:
                 f"{self.config.objective!r} call comparison.make_distiller(backbone, config)"
             )
         return objective
-
-    def _student(self) -> list[Tensor]:
-        return self.backbone.parameters_of("student")
 
     def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
         """Gradient of the flow-matching loss on the student's samples; the loss.
@@ -323,46 +325,35 @@ class Distiller:
         )
         self.skipped += skipped
         self.skipped_in_a_row[role].add_(skipped).mul_(skipped)
-        self.backbone.refresh(role)
+        self._after_step(role, skipped)
         metrics = {f"{role}_grad_norm": norm}
         if role == "student":
-            if self.ema:
-                torch._foreach_lerp_(
-                    local(self.ema), local(self._student()), 1.0 - self.config.ema_decay
-                )
             metrics["skipped"] = self.skipped.clone()
             metrics["skipped_in_a_row"] = torch.maximum(*self.skipped_in_a_row.values())
         return metrics
 
+    def _after_step(self, role: str, skipped: Tensor) -> None:
+        """Bring what follows the weights up to date; skipped ``[]`` is 1.0 if they stayed."""
+        self.backbone.refresh(role)
+        if role == "student":
+            self._average(skipped)
+
     def _set_lr(self, role: str) -> None:
-        set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
+        if self._owns_rates:
+            set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
 
     def _optim(self, role: str) -> OptimConfig:
         return self.config.aux_optim if role == "aux" else self.config.student_optim
 
     def _parts(self, cond: Any) -> list[Any]:
-        """``cond`` in ``micro_batches`` equal parts."""
-        parts, batch = self.config.micro_batches, batch_size(cond)
-        if batch % parts:
-            raise ValueError(
-                f"the batch must divide into distill.micro_batches={parts} equal parts; got {batch}"
-            )
-        rows = batch // parts
-        return [
-            tree_map(lambda leaf, i=i: leaf[i * rows : (i + 1) * rows], cond) for i in range(parts)
-        ]
+        return in_parts(cond, self.config.micro_batches)
 
     def _draw_aux_times(self, cond: Any) -> Tensor:
         """Times ``[B * draws]``, neighbouring ones of one sample; those of all ranks are drawn."""
-        config, draws = self.config, self.config.aux_draws_per_sample
-        t = sample_times(
-            batch_size(cond) * self.ranks.world * draws,
-            config.aux_time_distribution,
-            mean=config.aux_time_mean,
-            std=config.aux_time_std,
-            generator=self.host_generator,
-        )
-        t = self.ranks.rows(t.unflatten(0, (-1, draws))).flatten()
+        draws = self.config.aux_draws_per_sample
+        all_draws = batch_size(cond) * self.ranks.world * draws
+        t = aux_times(all_draws, self.config, self.host_generator).unflatten(0, (-1, draws))
+        t = self.ranks.rows(t).flatten()
         return to_device(t, self.backbone.device)
 
     def _draw_table(self, cond: Any) -> SolverTable:

@@ -34,7 +34,7 @@ class Ranks:
     """This process among those of the run; alone by default.
 
     rank, world: this process and how many there are.
-    control: gloo group for host values; it never waits for a device.
+    control: gloo group for host values, which never waits for a device; None: the default group.
     is_sharded: the model is spread over the ranks (fsdp), not repeated on each.
     """
 
@@ -134,6 +134,35 @@ class Ranks:
         if self.world > 1 and not self.is_sharded:
             for parameter in parameters:
                 dist.broadcast(parameter.data, 0)
+
+
+def ranks_of(backbone: Backbone) -> Ranks:
+    """This process among those of ``torch.distributed``, for a loop that has initialised it.
+
+    Alone if it is not initialised.  ``ValueError`` if several processes were launched and it is
+    not, or if it cannot reach the backbone's device.
+    """
+    device = backbone.device.type
+    if device == "meta":
+        return Ranks()
+    if not (dist.is_available() and dist.is_initialized()):
+        launched = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+        if launched > 1:
+            raise ValueError(
+                f"{launched} processes were launched, and each would train a student of its own: "
+                "call torch.distributed.init_process_group() before Distiller, or pass "
+                "ranks=Ranks() if that is meant"
+            )
+        return Ranks()
+    rank, world, backends = dist.get_rank(), dist.get_world_size(), dist.get_backend_config()
+    if world > 1 and f"{device}:" not in backends:
+        raise ValueError(
+            f"torch.distributed was initialised with {backends}, which does not reach a backbone "
+            f"on {device}: call init_process_group with gloo for a CPU and nccl for GPUs, or move "
+            "the network first"
+        )
+    trained = [p for role in ROLES for p in backbone.parameters_of(role)]
+    return Ranks(rank, world, is_sharded=world > 1 and any(map(is_sharded, trained)))
 
 
 class Vote:

@@ -4,6 +4,7 @@ All lanes of all samples go through the network in one call; the adapters are ad
 the lanes that use them.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -61,11 +62,15 @@ class SharedBackbone(nn.Module):
         self.null_cond = null_cond
         first = next(network.parameters())
         self.dtype = first.dtype if dtype is None else dtype
-        self.device = first.device
         self.float8: AbstractContextManager | None = None  # float8.use_float8
         self.activation = apply_activation_policy(
             network, activation, blocks, recompute_context=adapters.resumed
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
     def prepare(self, cond: Any) -> Prepared:
         """Compute once what is constant along a trajectory; leaves of cond are ``[B, ...]``."""
@@ -112,6 +117,16 @@ class SharedBackbone(nn.Module):
         """To be called when the parameters of a role have changed; in place, capturable."""
         if self.parameters_of(role):
             self.adapters.refresh(role)
+
+    def student_network(self) -> nn.Module:
+        """A copy of the network, in eval mode, with the student's adapters merged into its weights
+        and no trace of the bank.
+        """
+        network, bank = copy.deepcopy((self.network, self.adapters))
+        for name in self.adapters_of["student"]:
+            bank.merge(name)
+            bank.keep_merged()
+        return network.eval()
 
     def _products(self) -> AbstractContextManager:
         """Entered around the network: its products in e4m3 where no gradient is wanted."""

@@ -48,7 +48,7 @@ LAYERS = [
     {"adapters"},
     {"activation"},
     {"shared_backbone"},
-    {"objectives", "optim", "distributed"},
+    {"objectives", "optim", "distributed", "student"},
     {"graphs", "distiller", "float8"},
     {"captured"},
     {"comparison"},
