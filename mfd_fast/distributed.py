@@ -198,11 +198,13 @@ class FlatGradients:
     """The gradients of some parameters as views of one buffer (one per dtype).
 
     Autograd adds into the views, so an all-reduce needs no copies, and its addresses stay: it may
-    be captured.  A parameter that no loss reaches has a gradient of zeros here, not None.
+    be captured.  A parameter that no loss reaches has a gradient of zeros here, not None.  A loop
+    that puts other gradients in the views' place (``zero_grad`` sets None) costs a copy.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.buffers = []
+        self.views: list[tuple[nn.Parameter, Tensor]] = []
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
             members = [parameter for parameter in parameters if parameter.dtype == dtype]
             sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in members]
@@ -210,10 +212,15 @@ class FlatGradients:
             for parameter, part in zip(members, flat.split(sizes), strict=True):
                 strides = torch.empty_like(parameter, device="meta").stride()  # channels-last too
                 parameter.grad = part[: parameter.numel()].as_strided(parameter.shape, strides)
+                self.views.append((parameter, parameter.grad))
             self.buffers.append(flat)
 
     def all_reduce(self) -> None:
         """Add up the gradients of all ranks, in place."""
+        for parameter, view in self.views:
+            if parameter.grad is not view:
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
         for flat in self.buffers:
             dist.all_reduce(flat)
 
