@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import small_runs
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from small_runs import make_backbone, make_distiller, next_cond, run
 
 from mfd_fast.checkpoint import checkpoints_in
-from mfd_fast.distiller import TRAINED
+from mfd_fast.distiller import TRAINED, Distiller
 from mfd_fast.distributed import Vote, launched_ranks, num_restarts, shard_copies
 
 UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
@@ -23,11 +24,27 @@ def weights(distiller):
     return [p for role in TRAINED for p in distiller.backbone.parameters_of(role)]
 
 
-def steps(distiller):
+def own_loop(dtype=torch.float32, *, moved_by=0.0):
+    """A distiller with optimizers of one's own that is told nothing about ranks."""
+    backbone = make_backbone(dtype)
+    with torch.no_grad():
+        for parameter in (*backbone.parameters_of("aux"), *backbone.parameters_of("student")):
+            parameter.add_(moved_by)
+    own = {
+        role: torch.optim.SGD(backbone.parameters_of(role), lr=0.1, momentum=0.9)
+        for role in TRAINED
+    }
+    return make_distiller(backbone=backbone, make=partial(Distiller, optimizers=own))
+
+
+def steps(distiller, *, drops_gradients=False):
     """Losses and gradient norms of the first updates, of either role."""
     losses, norms = [], []
     for n in range(NUM_STEPS):
         role = distiller.next_role
+        if drops_gradients:  # as many loops do before an update
+            for optimizer in distiller.optimizers.values():
+                optimizer.zero_grad()
         metrics = distiller.step(distiller.ranks.rows(next_cond(n)))
         losses.append(metrics[f"{role}_loss"].detach())
         norms.append(metrics[f"{role}_grad_norm"])
@@ -37,13 +54,26 @@ def steps(distiller):
 def replicas(ranks, folder):
     """A short run; every rank's weights must be the same bits, and rank 0's go to the test."""
     distiller = make_distiller(ranks, micro_batches=2, student_steps=2, aux_draws_per_sample=2)
-    losses, norms = steps(distiller)
+    finish(ranks, folder / "result.safetensors", distiller, *steps(distiller))
+
+
+def library(ranks, folder):
+    """A loop of one's own whose processes start with weights of their own."""
+    distiller = own_loop(moved_by=float(ranks.rank))
+    found = distiller.ranks
+    assert (found.rank, found.world, found.is_sharded) == (ranks.rank, ranks.world, False)
+    finish(
+        ranks, folder / "library.safetensors", distiller, *steps(distiller, drops_gradients=True)
+    )
+
+
+def finish(ranks, path, distiller, losses, norms):
     flat = torch.cat([p.detach().flatten() for p in weights(distiller)])
     assert all(torch.equal(flat, other) for other in ranks.gather(flat))
     losses = torch.tensor(ranks.mean(losses.tolist()))
     if ranks.is_main:
         result = {"weights": flat, "losses": losses, "norms": norms}
-        save_file(result, folder / "result.safetensors")
+        save_file(result, path)
 
 
 def host_values(ranks, folder):
@@ -85,6 +115,7 @@ def two_ranks(ranks, folder):
     """All that two ranks are asked, in one start."""
     host_values(ranks, folder)
     replicas(ranks, folder)
+    library(ranks, folder)
     sharded(ranks, folder / "sharded")
     run(folder / "elastic", updates=ELASTIC_UPDATES, ranks=ranks)
 
