@@ -14,7 +14,7 @@ from small_runs import make_backbone, make_distiller, next_cond, run
 
 from mfd_fast.checkpoint import checkpoints_in
 from mfd_fast.distiller import TRAINED, Distiller
-from mfd_fast.distributed import Vote, launched_ranks, num_restarts, shard_copies
+from mfd_fast.distributed import Vote, launched_ranks, num_restarts, ranks_of, shard_copies
 
 UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
 ELASTIC_UPDATES = 4  # of the student
@@ -101,7 +101,7 @@ def sharded(ranks, folder):
         shard_copies(backbone)
         held = sum(p.to_local().numel() for p in backbone.parameters_of("student"))
         assert held < 0.7 * sum(p.numel() for p in backbone.parameters_of("student"))
-        run(
+        distiller, _ = run(
             folder,
             updates=updates,
             resumed=updates > UPDATES,
@@ -109,6 +109,14 @@ def sharded(ranks, folder):
             backbone=backbone,
             student_steps=2,
         )
+    found = ranks_of(backbone)
+    assert found.is_sharded and found.world == ranks.world
+    try:
+        distiller.student_network()
+    except ValueError as error:
+        assert "weights are spread over ranks: inside averaged_student()" in str(error)
+    else:
+        raise AssertionError("a sharded student was handed out as a network")
 
 
 def two_ranks(ranks, folder):
