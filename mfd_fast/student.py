@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mfd_fast.backbone import Backbone, swapped
 from mfd_fast.config import DistillConfig
+from mfd_fast.distributed import local
 from mfd_fast.optim import average_
 
 
@@ -27,7 +28,8 @@ class StudentWeights:
             yield
             return
         try:
-            with swapped(self.backbone.parameters_of("student"), self.ema):
+            student = [p.detach() for p in self.backbone.parameters_of("student")]
+            with swapped(local(student), local(self.ema)):
                 self.backbone.refresh("student")
                 yield
         finally:
