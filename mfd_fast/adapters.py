@@ -224,8 +224,10 @@ class AdapterBank(nn.Module):
             raise
 
     @torch.no_grad()
-    def merge(self, name: str) -> None:
-        """Add an adapter to the network's own weights; keeps a copy of them for unmerge."""
+    def merge(self, name: str, *, for_good: bool = False) -> None:
+        """Add an adapter to the network's own weights; unless ``for_good``, keeps a copy of them
+        for unmerge.
+        """
         adapter = self._adapter(name)
         if self._merged is not None:
             raise ValueError(f"{self._merged[0]!r} is merged already; unmerge it first")
@@ -236,6 +238,8 @@ class AdapterBank(nn.Module):
             wide = torch.promote_types(weight.dtype, torch.float32)
             delta = adapter.scale * (b.to(wide) @ a.to(wide))
             weight.copy_(weight.to(wide) + delta.view_as(weight))
+        if for_good:
+            self._merged = None
 
     @torch.no_grad()
     def unmerge(self, name: str) -> None:
@@ -247,14 +251,6 @@ class AdapterBank(nn.Module):
             target.module.weight.copy_(weight)
         self._merged = None
         self._plans.clear()
-
-    def keep_merged(self) -> None:
-        """Make a merge final: unmerge is over, and the network forgets the bank."""
-        self._merged = None
-        for target in self.targets:
-            hooks = target.module._forward_hooks
-            for key in [k for k, hook in hooks.items() if _is_of(self, hook)]:
-                del hooks[key], target.module._forward_hooks_with_kwargs[key]
 
     def _add(self, name: str, rank: int, alpha: float, *, is_trained: bool) -> Adapter:
         if name in self.adapters or not name.isidentifier():
@@ -347,10 +343,6 @@ def _split_rows(target: Target, length: int, call: _Call) -> tuple[int, int]:
             f"{call.num_lanes}{'' if call.rows is None else f' = {rows}, or a multiple'}"
         )
     return rows // call.num_lanes, length // rows
-
-
-def _is_of(bank: AdapterBank, hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func == bank._after_target
 
 
 def _refresh_all(bank: AdapterBank, _: Any) -> None:

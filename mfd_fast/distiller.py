@@ -155,7 +155,7 @@ class Distiller(StudentWeights):
     @torch.no_grad()
     def generate(self, noise: Tensor, cond: Any, *, use_ema: bool = True) -> Tensor:
         """Samples of the student, ``[B, *S]``, from noise ``[B, *S]``; averaged weights if kept."""
-        self._warn_if_untrained()
+        self._warn_if_untrained(stacklevel=4)  # the caller, beyond the decorator
         prepared = self.backbone.prepare(cond)
         with self.averaged_student(use_ema):
             return self._sample_student(noise, prepared)

@@ -124,8 +124,8 @@ class SharedBackbone(nn.Module):
         """
         network, bank = copy.deepcopy((self.network, self.adapters))
         for name in self.adapters_of["student"]:
-            bank.merge(name)
-            bank.keep_merged()
+            bank.merge(name, for_good=True)
+        _remove_hooks(bank)
         return network.eval()
 
     def _products(self) -> AbstractContextManager:
@@ -140,6 +140,16 @@ class SharedBackbone(nn.Module):
         count = batch_size(cond)
         with self.adapters.lanes(self._per_lane(lanes), rows=count):
             return self.network.prepare(cond)
+
+
+def _remove_hooks(bank: AdapterBank) -> None:
+    """Let the bank's network forget it."""
+    for module in (target.module for target in bank.targets):
+        hooks = module._forward_hooks
+        for key in [
+            k for k, hook in hooks.items() if getattr(hook, "func", 0) == bank._after_target
+        ]:
+            del hooks[key], module._forward_hooks_with_kwargs[key]
 
 
 def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) -> None:

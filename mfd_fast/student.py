@@ -40,7 +40,7 @@ class StudentWeights:
 
         Adapters are merged into it.  ``ValueError`` if its weights are spread over ranks.
         """
-        self._warn_if_untrained()
+        self._warn_if_untrained(stacklevel=3)
         with self.averaged_student(use_ema):
             return self.backbone.student_network()
 
@@ -50,11 +50,11 @@ class StudentWeights:
             student = self.backbone.parameters_of("student")
             average_(self.ema, student, decay=self.config.ema_decay, skipped=skipped)
 
-    def _warn_if_untrained(self) -> None:
+    def _warn_if_untrained(self, *, stacklevel: int) -> None:
         if self.num_updates["student"] == 0:
             before = self.cycle_length - self.config.student_updates
             warnings.warn(
                 f"the student is still what it started as: a cycle of step() is {before} updates "
                 f"of the auxiliary, then the student's, and {self.num_updates['aux']} were made",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )

@@ -307,15 +307,14 @@ def test_metrics_are_those_of_the_guide(objective, make):
 
 def test_a_student_without_an_update_is_told():
     """A loader shorter than a cycle: the student is what it started as."""
-    distiller = make_distiller(aux_updates=4)
-    for n in range(3):
-        distiller.step(next_cond(n))
+    distiller, cond = make_distiller(aux_updates=4), next_cond(0)
+    for _ in range(3):
+        distiller.step(cond)
     message = r"a cycle of step\(\) is 4 updates of the auxiliary, then .* and 3 were made"
-    with pytest.warns(UserWarning, match=message):
-        distiller.generate(torch.randn(BATCH, DIM), next_cond(0))
-    with pytest.warns(UserWarning, match=message) as caught:
-        distiller.student_network()
-    assert caught[0].filename == __file__
+    for use in (distiller.student_network, lambda: distiller.generate(torch.randn(8, DIM), cond)):
+        with pytest.warns(UserWarning, match=message) as caught:
+            use()
+        assert caught[0].filename == __file__
 
 
 # The student as a network --------------------------------------------------------------------
