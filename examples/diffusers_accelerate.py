@@ -1,13 +1,15 @@
-"""A diffusers + accelerate script, plus Mean Flow Distillation.  Added lines end in `# mfd`.
+"""A diffusers + accelerate script, plus Mean Flow Distillation.  Added lines say `# mfd`.
 
 The stock part is the usual one: Accelerator, a diffusers transformer, a loader of prompt
 embeddings. Here the transformer is a small random SANA, so that it runs anywhere; put your
-checkpoint in its place: python examples/diffusers_accelerate.py
+checkpoint in its place: python examples/diffusers_accelerate.py, or accelerate launch for several
+processes, which then share every update.
 """
 
 import torch
 from accelerate import Accelerator
 from diffusers import SanaTransformer2DModel
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,7 +58,8 @@ def main(updates: int = 12) -> dict[str, torch.Tensor]:
         null_cond=lambda c: {"text": null["text"].expand_as(c["text"]), "mask": c["mask"]},  # mfd
     )  # mfd
     config = DistillConfig(student_steps=2, step_size=0.2, aux_updates=3, aux_optim=OptimConfig())
-    distiller = Distiller(backbone, config)  # mfd
+    distiller = Distiller(backbone, config)  # mfd: finds accelerate's processes
+    accelerator.register_for_checkpointing(distiller)  # mfd: save_state and load_state have it
 
     update = 0
     while update < updates:
@@ -67,7 +70,11 @@ def main(updates: int = 12) -> dict[str, torch.Tensor]:
                 accelerator.print(update, {k: f"{v.item():.4f}" for k, v in metrics.items()})
             if update == updates:
                 break
-    return backbone.adapters.adapter_state_dict("student", prefix="transformer.")  # mfd
+    with distiller.averaged_student():  # mfd
+        lora = backbone.adapters.adapter_state_dict("student", prefix="transformer.")  # mfd
+    if accelerator.is_main_process:
+        save_file(lora, "pytorch_lora_weights.safetensors")
+    return lora
 
 
 if __name__ == "__main__":

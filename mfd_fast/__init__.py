@@ -5,6 +5,7 @@ from mfd_fast.backbone import AUX, STUDENT, TEACHER, TEACHER_UNCOND, Backbone, C
 from mfd_fast.captured import CapturedDistiller
 from mfd_fast.config import DistillConfig, OptimConfig
 from mfd_fast.distiller import Distiller
+from mfd_fast.distributed import Ranks
 from mfd_fast.flow import (
     Schedule,
     dpm_flow_schedule,
@@ -32,6 +33,7 @@ __all__ = [
     "Distiller",
     "Lane",
     "OptimConfig",
+    "Ranks",
     "Schedule",
     "SharedBackbone",
     "dpm_flow_schedule",

@@ -244,8 +244,10 @@ class AdapterBank(nn.Module):
             raise
 
     @torch.no_grad()
-    def merge(self, name: str) -> None:
-        """Add an adapter to the network's own weights; keeps a copy of them for unmerge."""
+    def merge(self, name: str, *, for_good: bool = False) -> None:
+        """Add an adapter to the network's own weights; unless ``for_good``, keeps a copy of them
+        for unmerge.
+        """
         adapter = self._adapter(name)
         if self._merged is not None:
             raise ValueError(f"{self._merged[0]!r} is merged already; unmerge it first")
@@ -263,6 +265,8 @@ class AdapterBank(nn.Module):
             wide = torch.promote_types(weight.dtype, torch.float32)
             delta = adapter.scale * (b.to(wide) @ a.to(wide))
             weight.copy_(weight.to(wide) + delta.view_as(weight))
+        if for_good:
+            self._merged = None
 
     @torch.no_grad()
     def unmerge(self, name: str) -> None:

@@ -5,6 +5,7 @@ student.  ``forward`` evaluates a batch of lanes ``[n, L, *S]``, sample-major, s
 still moving along their trajectories are a prefix.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,6 +65,17 @@ def batch_size(cond: Any) -> int:
             f"{[list(leaf.shape) for leaf in leaves]}"
         )
     return sizes.pop()
+
+
+def in_parts(cond: Any, parts: int) -> list[Any]:
+    """``cond`` in equal parts, the micro-batches; ``ValueError`` if its batch does not divide."""
+    batch = batch_size(cond)
+    if batch % parts:
+        raise ValueError(
+            f"the batch must divide into distill.micro_batches={parts} equal parts; got {batch}"
+        )
+    rows = batch // parts
+    return [tree_map(lambda leaf, i=i: leaf[i * rows : (i + 1) * rows], cond) for i in range(parts)]
 
 
 @dataclass
@@ -166,6 +178,10 @@ class Backbone(Protocol):
         """Called after the role's parameters changed: update what is derived from them in place."""
         ...
 
+    def student_network(self) -> nn.Module:
+        """A copy of the student as a network of its own, ``network(x, t, cond)``, in eval mode."""
+        ...
+
 
 class CopiedBackbone(nn.Module):
     """Three full copies of a network ``network(x, t, cond) -> v``.
@@ -210,7 +226,11 @@ class CopiedBackbone(nn.Module):
         self.null_cond = null_cond
         self._side_stream: torch.cuda.Stream | None = None
         self.dtype = first.dtype if dtype is None else dtype
-        self.device = first.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are: trainers move them after the backbone was made."""
+        return next(self.teacher.parameters()).device
 
     def prepare(self, cond: Any) -> Prepared:
         batch = batch_size(cond)
@@ -309,6 +329,19 @@ def buffers_of(backbone: Backbone, roles: tuple[str, ...]) -> dict[str, list[Ten
     """``"{role}_buffers"``: what besides parameters is the state of networks that are trained."""
     of = getattr(backbone, "buffers_of", lambda role: [])  # adapters have none
     return {f"{role}_buffers": of(role) for role in roles}
+
+    def student_network(self) -> nn.Module:
+        """A copy of the student, in eval mode; ``ValueError`` if it is spread over ranks."""
+        if any(hasattr(parameter, "to_local") for parameter in self.student.parameters()):
+            raise ValueError(
+                "the student's weights are spread over ranks: inside averaged_student(), gather "
+                "them with torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            )
+        masters = self._masters.get("student")
+        student = copy.deepcopy(self.student, {id(masters): masters}).eval()
+        if masters is not None:
+            masters.let_go(student)
+        return student
 
 
 @contextmanager

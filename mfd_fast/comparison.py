@@ -42,16 +42,15 @@ class ComparisonDistiller(Distiller):
                 f"distill.objective={config.objective!r} trains full copies of a network; expected "
                 f"a CopiedBackbone, got {type(backbone).__name__}"
             )
-        ranks = kwargs.get("ranks")
-        if ranks is not None and ranks.world > 1:
-            raise ValueError(
-                f"distill.objective={config.objective!r} trains in one process; got {ranks.world} "
-                "ranks: start it without torchrun"
-            )
         self._features = features
         super().__init__(backbone, config, *args, **kwargs)
 
     def _bind_objective(self) -> ComparedObjective:
+        if self.ranks.world > 1:
+            raise ValueError(
+                f"distill.objective={self.config.objective!r} trains in one process; got "
+                f"{self.ranks.world} ranks: start it without torchrun"
+            )
         objective = make_objective(self.config)
         objective.bind(self.backbone, self._features)
         if "aux" not in objective.roles:
@@ -92,10 +91,9 @@ class ComparisonDistiller(Distiller):
         self._backward("student", loss)
         return metrics | {"student_loss": loss.detach()}
 
-    def _clip_and_step(self, role: str) -> dict[str, Tensor]:
-        metrics = super()._clip_and_step(role)
-        self.objective.after_update(role, self.backbone)
-        return metrics
+    def _after_step(self, role: str, skipped: Tensor) -> None:
+        super()._after_step(role, skipped)
+        self.objective.after_update(role, self.backbone, skipped)
 
     def _sample_student(
         self, noise: Tensor, prepared: Prepared, *, only_step: int | None = None

@@ -3,14 +3,13 @@ device.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from mfd_fast.backbone import (
     AUX,
@@ -20,24 +19,26 @@ from mfd_fast.backbone import (
     batch_size,
     buffers_of,
     check_noise,
-    swapped,
+    in_parts,
 )
 from mfd_fast.config import DistillConfig, OptimConfig
-from mfd_fast.distributed import FlatGradients, Ranks, local, placed_like, placed_state
-from mfd_fast.flow import Schedule, sample_times
+from mfd_fast.distributed import FlatGradients, Ranks, placed_like, placed_state, ranks_of
+from mfd_fast.flow import Schedule, aux_times
 from mfd_fast.integrate import generate
 from mfd_fast.networks import check_leads, check_statistics, evaluating
 from mfd_fast.objectives import IntervalObjective, make_objective
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.optim import (
     LossScale,
-    check_trains,
+    check_own,
     clip_and_step,
     load_optimizer,
     make_optimizer,
     set_warmup_lr,
+    unwrapped,
 )
 from mfd_fast.solvers import SolverTable, to_device
+from mfd_fast.student import StudentWeights
 
 
 def no_phase(name: str) -> AbstractContextManager:
@@ -51,18 +52,22 @@ _NOTHING = nullcontext()
 TRAINED = ("aux", "student")
 
 
-class Distiller:
+class Distiller(StudentWeights):
     """Auxiliary and student updates of one backbone.
 
     Args:
         backbone: teacher, auxiliary and student (``CopiedBackbone`` or your own ``Backbone``).
         config: the method's settings.
-        optimizers: ``{"aux": ..., "student": ...}`` if you own them; fused AdamW from the config if
-            None.
-        ranks: the processes that share every update; alone by default (``distributed.py``).
+        optimizers: ``{"aux": ..., "student": ...}`` if you own them, learning rates and warm-up
+            included: only ``clip_norm`` is taken from the config then.  Fused AdamW from the config
+            if None.
+        ranks: the processes that share every update; those of ``torch.distributed`` if None.
 
     ``cond`` is a pytree whose leaves are ``[B, ...]``; its batch size is the batch size of the
     update, or this rank's share of it: rows rank, rank + world, ...
+
+    Update n of a role has the n-th times, noise and learning rate, whether or not one before was
+    skipped.  An update whose gradient is not finite changes no weight and no average.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Distiller:
     ):
         self.backbone = backbone
         self.config = config
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks_of(backbone) if ranks is None else ranks
         self.objective = self._bind_objective()
         self.roles: tuple[str, ...] = self.objective.roles
         if self.ranks.world > 1:
@@ -85,16 +90,11 @@ class Distiller:
         for role in self.roles:
             self.ranks.align(self.parameters_of(role) + buffers[f"{role}_buffers"])
             backbone.refresh(role)
-        if optimizers is not None and set(optimizers) != set(self.roles):
-            raise ValueError(
-                f"optimizers must have the keys {' and '.join(self.roles)}; "
-                f"got {sorted(optimizers)}"
-            )
-        for role, optimizer in (optimizers or {}).items():
-            check_trains(optimizer, self.parameters_of(role), role)
-        self.optimizers = optimizers or {
-            role: make_optimizer(self.parameters_of(role), self._optim(role)) for role in self.roles
-        }
+        self._owns_rates = optimizers is None
+        if optimizers is not None:
+            trained = {role: self.parameters_of(role) for role in self.roles}
+            check_own(optimizers, {role: self._optim(role) for role in self.roles}, trained)
+        self.optimizers = optimizers or {role: self._make_optimizer(role) for role in self.roles}
         self.host_generator = Generator().manual_seed(config.seed)
         has_storage = backbone.device.type != "meta"  # without, shapes are all that is asked for
         self.generator = Generator(backbone.device if has_storage else "cpu")
@@ -109,7 +109,11 @@ class Distiller:
         self.num_updates = {"aux": 0, "student": 0}
         self.skipped = torch.zeros((), device=backbone.device)
         self.skipped_in_a_row = {role: torch.zeros_like(self.skipped) for role in TRAINED}
-        self.ema = [p.detach().clone() for p in self._student()] if config.ema_decay > 0 else []
+        self.ema = (
+            [p.detach().clone() for p in backbone.parameters_of("student")]
+            if config.ema_decay > 0
+            else []
+        )
         has_replicas = self.ranks.world > 1 and not self.ranks.is_sharded
         self.gradients = {
             role: FlatGradients(self.parameters_of(role))
@@ -145,7 +149,7 @@ class Distiller:
 
     def step(self, cond: Any) -> dict[str, Tensor]:
         """The next update of the cycle: ``aux_updates`` of the auxiliary, then
-        ``student_updates``.
+        ``student_updates``.  Returns the metrics of the role that was updated, and no others.
         """
         return self.student_step(cond) if self.next_role == "student" else self.aux_step(cond)
 
@@ -168,23 +172,11 @@ class Distiller:
         """Samples of the student, ``[B, *S]``, from noise ``[B, *S]``; averaged weights if kept,
         in eval mode.  ``ValueError`` if there is not one noise for each condition.
         """
+        self._warn_if_untrained(stacklevel=4)  # the caller, beyond the decorator
         prepared = self.backbone.prepare(cond)
         check_noise(noise, prepared, self.backbone)
         with evaluating(self.backbone), self.averaged_student(use_ema):
             return self._sample_student(noise, prepared)
-
-    @contextmanager
-    def averaged_student(self, use_ema: bool = True) -> Iterator[None]:
-        """Inside the block the student holds its averaged weights (if an average is kept)."""
-        if not (use_ema and self.ema):
-            yield
-            return
-        try:
-            with swapped(self._student(), self.ema):
-                self.backbone.refresh("student")
-                yield
-        finally:
-            self.backbone.refresh("student")
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything a bit-exact continuation needs, besides the teacher."""
@@ -193,23 +185,23 @@ class Distiller:
     def live_state(self) -> dict[str, Any]:
         """What :meth:`state_dict` copies: the tensors themselves, which the next update changes."""
         weights = {role: [p.detach() for p in self.parameters_of(role)] for role in self.roles}
-        return (
-            weights
-            | buffers_of(self.backbone, self.roles)
-            | {
-                "ema": list(self.ema),
-                "optimizers": {role: opt.state_dict() for role, opt in self.optimizers.items()},
-                "loss_scale": {
-                    role: (scale.scale, scale.finite_steps)
-                    for role, scale in self.loss_scale.items()
-                },
-                "num_updates": dict(self.num_updates),
-                "skipped": self.skipped,
-                "skipped_in_a_row": dict(self.skipped_in_a_row),
-                "host_generator": self.host_generator.get_state(),
-                "generator": self.generator.get_state(),
-            }
-        )
+        return {
+            **weights,
+            **buffers_of(self.backbone, self.roles),
+            "ema": list(self.ema),
+            "optimizers": {
+                role: unwrapped(optimizer).state_dict()
+                for role, optimizer in self.optimizers.items()
+            },
+            "loss_scale": {
+                role: (scale.scale, scale.finite_steps) for role, scale in self.loss_scale.items()
+            },
+            "num_updates": dict(self.num_updates),
+            "skipped": self.skipped,
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
+            "host_generator": self.host_generator.get_state(),
+            "generator": self.generator.get_state(),
+        }
 
     def release_graphs(self) -> None:
         """Let go of memory that only further updates need; here there is none."""
@@ -232,6 +224,7 @@ class Distiller:
                 for target, value in zip(mine, state[name], strict=True):
                     target.copy_(placed_like(value, target))
         for role, optimizer in self.optimizers.items():
+            optimizer = unwrapped(optimizer)
             load_optimizer(optimizer, placed_state(state["optimizers"][role], optimizer))
         for role, scale in self.loss_scale.items():
             scale.scale.copy_(state["loss_scale"][role][0])
@@ -243,6 +236,9 @@ class Distiller:
         self.skipped.copy_(state["skipped"])
         self.host_generator.set_state(state["host_generator"])
         self.generator.set_state(state["generator"])
+
+    def _make_optimizer(self, role: str) -> Optimizer:
+        return make_optimizer(self.parameters_of(role), self._optim(role))
 
     def parameters_of(self, role: str) -> list[Tensor]:
         """What the role's optimizer trains."""
@@ -256,9 +252,6 @@ class Distiller:
                 f"{self.config.objective!r} call make_distiller(backbone, config)"
             )
         return objective
-
-    def _student(self) -> list[Tensor]:
-        return self.backbone.parameters_of("student")
 
     def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
         """Gradient of the flow-matching loss on the student's samples; the loss.
@@ -343,46 +336,35 @@ class Distiller:
         )
         self.skipped += skipped
         self.skipped_in_a_row[role].add_(skipped).mul_(skipped)
-        self.backbone.refresh(role)
+        self._after_step(role, skipped)
         metrics = {f"{role}_grad_norm": norm}
         if role == "student":
-            if self.ema:
-                torch._foreach_lerp_(
-                    local(self.ema), local(self._student()), 1.0 - self.config.ema_decay
-                )
             metrics["skipped"] = self.skipped.clone()
             metrics["skipped_in_a_row"] = torch.maximum(*self.skipped_in_a_row.values())
         return metrics
 
+    def _after_step(self, role: str, skipped: Tensor) -> None:
+        """Bring what follows the weights up to date; skipped ``[]`` is 1.0 if they stayed."""
+        self.backbone.refresh(role)
+        if role == "student":
+            self._average(skipped)
+
     def _set_lr(self, role: str) -> None:
-        set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
+        if self._owns_rates:
+            set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
 
     def _optim(self, role: str) -> OptimConfig:
         return self.config.aux_optim if role == "aux" else self.config.student_optim
 
     def _parts(self, cond: Any) -> list[Any]:
-        """``cond`` in ``micro_batches`` equal parts."""
-        parts, batch = self.config.micro_batches, batch_size(cond)
-        if batch % parts:
-            raise ValueError(
-                f"the batch must divide into distill.micro_batches={parts} equal parts; got {batch}"
-            )
-        rows = batch // parts
-        return [
-            tree_map(lambda leaf, i=i: leaf[i * rows : (i + 1) * rows], cond) for i in range(parts)
-        ]
+        return in_parts(cond, self.config.micro_batches)
 
     def _draw_aux_times(self, cond: Any) -> Tensor:
         """Times ``[B * draws]``, neighbouring ones of one sample; those of all ranks are drawn."""
-        config, draws = self.config, self.config.aux_draws_per_sample
-        t = sample_times(
-            batch_size(cond) * self.ranks.world * draws,
-            config.aux_time_distribution,
-            mean=config.aux_time_mean,
-            std=config.aux_time_std,
-            generator=self.host_generator,
-        )
-        t = self.ranks.rows(t.unflatten(0, (-1, draws))).flatten()
+        draws = self.config.aux_draws_per_sample
+        all_draws = batch_size(cond) * self.ranks.world * draws
+        t = aux_times(all_draws, self.config, self.host_generator).unflatten(0, (-1, draws))
+        t = self.ranks.rows(t).flatten()
         return to_device(t, self.backbone.device)
 
     def _draw_table(self, cond: Any) -> SolverTable:

@@ -35,7 +35,7 @@ class Ranks:
     """This process among those of the run; alone by default.
 
     rank, world: this process and how many there are.
-    control: gloo group for host values; it never waits for a device.
+    control: gloo group for host values, which never waits for a device; None: the default group.
     is_sharded: the model is spread over the ranks (fsdp), not repeated on each.
     """
 
@@ -137,6 +137,35 @@ class Ranks:
                 dist.broadcast(tensor.data, 0)
 
 
+def ranks_of(backbone: Backbone) -> Ranks:
+    """This process among those of ``torch.distributed``, for a loop that has initialised it.
+
+    Alone if it is not initialised.  ``ValueError`` if several processes were launched and it is
+    not, or if it cannot reach the backbone's device.
+    """
+    device = backbone.device.type
+    if device == "meta":
+        return Ranks()
+    if not (dist.is_available() and dist.is_initialized()):
+        launched = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+        if launched > 1:
+            raise ValueError(
+                f"{launched} processes were launched, and each would train a student of its own: "
+                "call torch.distributed.init_process_group() before Distiller, or pass "
+                "ranks=Ranks() if that is meant"
+            )
+        return Ranks()
+    rank, world, backends = dist.get_rank(), dist.get_world_size(), dist.get_backend_config()
+    if world > 1 and f"{device}:" not in backends:
+        raise ValueError(
+            f"torch.distributed was initialised with {backends}, which does not reach a backbone "
+            f"on {device}: call init_process_group with gloo for a CPU and nccl for GPUs, or move "
+            "the network first"
+        )
+    trained = [p for role in ROLES for p in backbone.parameters_of(role)]
+    return Ranks(rank, world, is_sharded=world > 1 and any(map(is_sharded, trained)))
+
+
 class Vote:
     """The largest of a host number over ranks, known one call later, so that nobody waits for it.
 
@@ -170,11 +199,13 @@ class FlatGradients:
     """The gradients of some parameters as views of one buffer (one per dtype).
 
     Autograd adds into the views, so an all-reduce needs no copies, and its addresses stay: it may
-    be captured.  A parameter that no loss reaches has a gradient of zeros here, not None.
+    be captured.  A parameter that no loss reaches has a gradient of zeros here, not None.  A loop
+    that puts other gradients in the views' place (``zero_grad`` sets None) costs a copy.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.buffers = []
+        self.views: list[tuple[nn.Parameter, Tensor]] = []
         for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
             members = [parameter for parameter in parameters if parameter.dtype == dtype]
             sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in members]
@@ -182,10 +213,15 @@ class FlatGradients:
             for parameter, part in zip(members, flat.split(sizes), strict=True):
                 strides = torch.empty_like(parameter, device="meta").stride()  # channels-last too
                 parameter.grad = part[: parameter.numel()].as_strided(parameter.shape, strides)
+                self.views.append((parameter, parameter.grad))
             self.buffers.append(flat)
 
     def all_reduce(self) -> None:
         """Add up the gradients of all ranks, in place."""
+        for parameter, view in self.views:
+            if parameter.grad is not view:
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                parameter.grad = view
         for flat in self.buffers:
             dist.all_reduce(flat)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mfd_fast.config import DistillConfig
+
 DISTRIBUTIONS = ("logit_normal", "uniform")
 MAX_REDRAWS = 10_000
 
@@ -58,6 +60,11 @@ def dpm_flow_schedule(steps: int, *, shift: float = 3.0, train_steps: int = 1000
     return Schedule((*sigmas, 0.0), times)
 
 
+def on_grid(t: Tensor, grid: int | None) -> Tensor:
+    """t rounded to multiples of 1/grid, in its own dtype; t itself without a grid (0, None)."""
+    return (torch.round(t.double() * grid) / grid).to(t.dtype) if grid else t
+
+
 def sample_times(
     batch: int,
     distribution: str = "logit_normal",
@@ -81,6 +88,18 @@ def sample_times(
     if distribution == "uniform":
         return torch.rand(batch, generator=generator, device=device)
     return torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=device))
+
+
+def aux_times(batch: int, config: DistillConfig, generator: Generator) -> Tensor:
+    """Times ``[batch]`` of the auxiliary's flow matching, on the config's grid."""
+    t = sample_times(
+        batch,
+        config.aux_time_distribution,
+        mean=config.aux_time_mean,
+        std=config.aux_time_std,
+        generator=generator,
+    )
+    return on_grid(t, config.grid)
 
 
 def sample_time_pairs(

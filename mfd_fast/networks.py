@@ -214,7 +214,11 @@ class Masters:
             parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))
             self.pairs.append((parameter, master))
             self.parameters.append(master)
-        network.register_load_state_dict_post_hook(self._read)
+        self._hook = network.register_load_state_dict_post_hook(self._read)
+
+    def let_go(self, network: nn.Module) -> None:
+        """A copy of the network has weights of its own: what is loaded into it is not read here."""
+        del network._load_state_dict_post_hooks[self._hook.id]
 
     @torch.no_grad()
     def write(self) -> None:

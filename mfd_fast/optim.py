@@ -65,23 +65,48 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimConfig], Optimizer]] = 
 }
 
 
-def check_trains(optimizer: Optimizer, parameters: list[Tensor], role: str) -> None:
-    """``ValueError`` if it has other parameters than those that training the role changes."""
-    known = {id(parameter) for parameter in parameters}
-    groups = getattr(optimizer, "param_groups", ())
-    theirs = [parameter for group in groups for parameter in group["params"]]
-    if not all(id(parameter) in known for parameter in theirs):
+def check_own(
+    optimizers: dict[str, Optimizer],
+    configs: dict[str, OptimConfig],
+    trained: dict[str, list[nn.Parameter]],
+) -> None:
+    """For optimizers that a user passes; ``ValueError`` unless there is one for each role, over
+    nothing but what training the role changes, and no setting that they would have to follow.
+    """
+    if set(optimizers) != set(configs):
         raise ValueError(
-            f"optimizers[{role!r}] has parameters that training does not change: make it with "
-            f"backbone.parameters_of({role!r})"
+            f"optimizers must have the keys {' and '.join(configs)}; got {sorted(optimizers)}"
         )
+    for role, config in configs.items():
+        known = {id(parameter) for parameter in trained[role]}
+        groups = getattr(optimizers[role], "param_groups", ())
+        if any(id(parameter) not in known for group in groups for parameter in group["params"]):
+            raise ValueError(
+                f"optimizers[{role!r}] has parameters that training does not change: make it with "
+                f"backbone.parameters_of({role!r})"
+            )
+        if config.warmup_updates:
+            raise ValueError(
+                f"distill.{role}_optim.warmup_updates={config.warmup_updates} belongs to the "
+                "optimizers made from the config, and yours were passed: set it to 0 and give "
+                "yours a torch.optim.lr_scheduler"
+            )
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that holds the state, inside the wrappers of accelerate and Lightning: a step
+    goes through those, which count it; everything else must not stop at them.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def is_capturable(optimizer: Optimizer) -> bool:
     """Whether a step may run inside a CUDA graph: it says so, with its learning rate in a tensor
-    on the parameters' device.
+    on the parameters' device, and no wrapper counts its steps.
     """
-    return all(
+    return unwrapped(optimizer) is optimizer and all(
         isinstance(group["lr"], Tensor)
         and all(p.device == group["lr"].device for p in group["params"])
         and bool(group.get("capturable") or group["lr"].device.type == "cpu")
@@ -142,15 +167,14 @@ def clip_and_step(
 
     Returns:
         The norm before clipping ``[]`` and 1.0 if the update was skipped else 0.0 ``[]``.
-        A fused optimizer skips exactly (``found_inf``: no weight, moment or step count changes);
-        any other one sees zero gradients instead, so its moments decay and its weight decay
-        applies.
+        No weight changes in a skipped update.  A fused optimizer (``found_inf``) keeps its moments
+        and step count too; in any other one they see a gradient of zero.
 
     Gradients are zeroed in place afterwards: their addresses stay.
     """
-    grads = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
+    inner = unwrapped(optimizer)
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if is_sharded(norm):  # of all ranks together
         norm, grads = norm.full_tensor(), local(grads)
@@ -165,13 +189,27 @@ def clip_and_step(
         factor = clip if factor is None else factor * clip
     if factor is not None:
         torch._foreach_mul_(grads, factor)
-    if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = skipped
+    if all(group.get("fused") for group in inner.param_groups):
+        inner.found_inf = skipped
         optimizer.step()
-        del optimizer.found_inf
+        del inner.found_inf
     else:
+        weights = local([p.detach() for p in parameters])
+        before = [weight.clone() for weight in weights]
         for grad in grads:
             grad.nan_to_num_(0.0, 0.0, 0.0).mul_(1.0 - skipped)
         optimizer.step()
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(torch.where(skipped > 0, old, weight))
     torch._foreach_zero_(grads)
     return norm, skipped
+
+
+def average_(
+    averages: list[Tensor], values: list[Tensor], *, decay: float, skipped: Tensor
+) -> None:
+    """averages <- decay averages + (1 - decay) values, in place; nothing moves where ``skipped``
+    ``[]`` is 1.0, which the host never sees.
+    """
+    for average, value in zip(local(averages), local(values), strict=True):
+        average.lerp_(value, (1.0 - skipped).to(average.dtype) * (1.0 - decay))

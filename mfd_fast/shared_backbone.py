@@ -4,6 +4,7 @@ All lanes of all samples go through the network in one call; the adapters are ad
 the lanes that use them.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -62,11 +63,15 @@ class SharedBackbone(nn.Module):
         self.null_cond = null_cond
         first = first_floating(network)
         self.dtype = first.dtype if dtype is None else dtype
-        self.device = first.device
         self.float8: AbstractContextManager | None = None  # float8.use_float8
         self.activation = apply_activation_policy(
             network, activation, blocks, recompute_context=adapters.resumed
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
     def prepare(self, cond: Any) -> Prepared:
         """Compute once what is constant along a trajectory; leaves of cond are ``[B, ...]``."""
@@ -107,6 +112,16 @@ class SharedBackbone(nn.Module):
         if self.parameters_of(role):
             self.adapters.refresh(role)
 
+    def student_network(self) -> nn.Module:
+        """A copy of the network, in eval mode, with the student's adapters merged into its weights
+        and no trace of the bank.
+        """
+        network, bank = copy.deepcopy((self.network, self.adapters))
+        for name in self.adapters_of["student"]:
+            bank.merge(name, for_good=True)
+        _remove_hooks(bank)
+        return network.eval()
+
     def _products(self) -> AbstractContextManager:
         """Entered around the network: its products in e4m3 where no gradient is wanted."""
         is_off = self.float8 is None or torch.is_grad_enabled()
@@ -121,6 +136,16 @@ class SharedBackbone(nn.Module):
             made = self.network.prepare(cond)
         call.recompute_behind(made)
         return made
+
+
+def _remove_hooks(bank: AdapterBank) -> None:
+    """Let the bank's network forget it."""
+    for module in (target.module for target in bank.targets):
+        hooks = module._forward_hooks
+        for key in [
+            k for k, hook in hooks.items() if getattr(hook, "func", 0) == bank._after_target
+        ]:
+            del hooks[key], module._forward_hooks_with_kwargs[key]
 
 
 def _check_bank(network: nn.Module, bank: AdapterBank, base: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfd_fast.flow import Schedule
+from mfd_fast.flow import Schedule, on_grid
 
 Rows = tuple[np.ndarray, np.ndarray]  # times [E, B] and coefficients [E, B, 5]
 
@@ -175,7 +175,7 @@ def plan(
     _check_interval(t, r, step_size)
     dtype = torch.promote_types(torch.promote_types(t.dtype, r.dtype), torch.float32)
     if grid is not None:
-        t, r = (torch.round(time.double() * grid) / grid for time in (t, r))
+        t, r = (on_grid(time.double(), grid) for time in (t, r))
     steps = num_steps(t, r, step_size=step_size, grid=grid)
 
     order = np.argsort(-np.maximum(steps, 1), kind="stable")

@@ -4,30 +4,49 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import pytest
 import small_runs
 import torch
 from safetensors.torch import save_file
 from small_runs import make_backbone, make_distiller, next_cond, run
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mfd_fast.checkpoint import checkpoints_in
-from mfd_fast.distiller import TRAINED
-from mfd_fast.distributed import Vote, launched_ranks, num_restarts, shard_copies
+from mfd_fast.distiller import TRAINED, Distiller
+from mfd_fast.distributed import Vote, launched_ranks, num_restarts, ranks_of, shard_copies
 
 UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
-ELASTIC_UPDATES = 4  # of the student
+ELASTIC = {"updates": 4, "checkpoint_every": 1}  # a checkpoint adds up over ranks: to rounding
 
 
 def weights(distiller):
     return [p for role in TRAINED for p in distiller.backbone.parameters_of(role)]
 
 
-def steps(distiller):
+def own_loop(dtype=torch.float32, *, moved_by=0.0):
+    """A distiller with optimizers of one's own that is told nothing about ranks."""
+    backbone = make_backbone(dtype)
+    with torch.no_grad():
+        for parameter in (*backbone.parameters_of("aux"), *backbone.parameters_of("student")):
+            parameter.add_(moved_by)
+    own = {
+        role: torch.optim.SGD(backbone.parameters_of(role), lr=0.1, momentum=0.9)
+        for role in TRAINED
+    }
+    return make_distiller(backbone=backbone, make=partial(Distiller, optimizers=own))
+
+
+def steps(distiller, *, drops_gradients=False):
     """Losses and gradient norms of the first updates, of either role."""
     losses, norms = [], []
     for n in range(NUM_STEPS):
         role = distiller.next_role
+        if drops_gradients:  # as many loops do before an update
+            for optimizer in distiller.optimizers.values():
+                optimizer.zero_grad()
         metrics = distiller.step(distiller.ranks.rows(next_cond(n)))
         losses.append(metrics[f"{role}_loss"].detach())
         norms.append(metrics[f"{role}_grad_norm"])
@@ -37,13 +56,26 @@ def steps(distiller):
 def replicas(ranks, folder):
     """A short run; every rank's weights must be the same bits, and rank 0's go to the test."""
     distiller = make_distiller(ranks, micro_batches=2, student_steps=2, aux_draws_per_sample=2)
-    losses, norms = steps(distiller)
+    finish(ranks, folder / "result.safetensors", distiller, *steps(distiller))
+
+
+def library(ranks, folder):
+    """A loop of one's own whose processes start with weights of their own."""
+    distiller = own_loop(moved_by=float(ranks.rank))
+    found = distiller.ranks
+    assert (found.rank, found.world, found.is_sharded) == (ranks.rank, ranks.world, False)
+    finish(
+        ranks, folder / "library.safetensors", distiller, *steps(distiller, drops_gradients=True)
+    )
+
+
+def finish(ranks, path, distiller, losses, norms):
     flat = torch.cat([p.detach().flatten() for p in weights(distiller)])
     assert all(torch.equal(flat, other) for other in ranks.gather(flat))
     losses = torch.tensor(ranks.mean(losses.tolist()))
     if ranks.is_main:
         result = {"weights": flat, "losses": losses, "norms": norms}
-        save_file(result, folder / "result.safetensors")
+        save_file(result, path)
 
 
 def host_values(ranks, folder):
@@ -71,7 +103,7 @@ def sharded(ranks, folder):
         shard_copies(backbone)
         held = sum(p.to_local().numel() for p in backbone.parameters_of("student"))
         assert held < 0.7 * sum(p.numel() for p in backbone.parameters_of("student"))
-        run(
+        distiller, _ = run(
             folder,
             updates=updates,
             resumed=updates > UPDATES,
@@ -79,14 +111,25 @@ def sharded(ranks, folder):
             backbone=backbone,
             student_steps=2,
         )
+    found = ranks_of(backbone)
+    assert found.is_sharded and found.world == ranks.world
+    with pytest.raises(ValueError, match=r"weights are spread over ranks: inside averaged_student"):
+        distiller.student_network()
+    with distiller.averaged_student():
+        whole = get_model_state_dict(
+            backbone.student, options=StateDictOptions(full_state_dict=True)
+        )
+    averages = [average.full_tensor() for average in distiller.ema]
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), averages, strict=True))
 
 
 def two_ranks(ranks, folder):
     """All that two ranks are asked, in one start."""
     host_values(ranks, folder)
     replicas(ranks, folder)
+    library(ranks, folder)
     sharded(ranks, folder / "sharded")
-    run(folder / "elastic", updates=ELASTIC_UPDATES, ranks=ranks)
+    run(folder / "elastic", **ELASTIC, ranks=ranks)
 
 
 def elastic(ranks, folder):
@@ -101,8 +144,7 @@ def elastic(ranks, folder):
     small_runs.next_cond = cond_or_die
     has_checkpoint = bool(checkpoints_in(folder))
     assert has_checkpoint == (num_restarts() > 0)
-    every = {"updates": ELASTIC_UPDATES, "checkpoint_every": 1}
-    run(folder, **every, resumed=has_checkpoint, ranks=ranks)
+    run(folder, **ELASTIC, resumed=has_checkpoint, ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from rank_worker import UPDATES, steps, weights
+from rank_worker import UPDATES, own_loop, steps, weights
 from safetensors.torch import load_file
-from small_runs import assert_same, make_distiller, run
+from small_runs import assert_same, make_backbone, make_distiller, run
 
+from mfd_fast import CapturedDistiller, DistillConfig, Distiller
 from mfd_fast.checkpoint import checkpoints_in, read
-from mfd_fast.distributed import FlatGradients, Ranks, shard_copies
+from mfd_fast.distributed import FlatGradients, Ranks, ranks_of, shard_copies
+from mfd_fast.graphs import RecordedGraph
 from mfd_fast.solvers import plan
 
 from numerics import assert_as_accurate
@@ -39,11 +42,11 @@ def on_ranks(world, case, folder):
     assert [child.wait(300) for child in children] == [0] * world
 
 
-def alone(dtype):
-    """The run of ``rank_worker.replicas`` in one process."""
-    distiller = make_distiller(
-        dtype=dtype, micro_batches=2, student_steps=2, aux_draws_per_sample=2
-    )
+def alone(dtype, case="result"):
+    """The run of ``rank_worker.replicas``, or of its ``library``, in one process."""
+    options = {"micro_batches": 2, "student_steps": 2, "aux_draws_per_sample": 2}
+    is_own = case == "library"
+    distiller = own_loop(dtype) if is_own else make_distiller(dtype=dtype, **options)
     losses, norms = steps(distiller)
     flat = torch.cat([p.detach().flatten() for p in weights(distiller)])
     return {"weights": flat, "losses": losses, "norms": norms}
@@ -64,10 +67,13 @@ def four_ranks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
-def test_ranks_give_the_updates_of_one_process(ranks, request):
-    result = load_file(request.getfixturevalue(ranks) / "result.safetensors")
-    eager, exact = alone(torch.float32), alone(torch.float64)
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [("two_ranks", "result"), ("four_ranks", "result"), ("two_ranks", "library")],
+)
+def test_ranks_give_the_updates_of_one_process(ranks, case, request):
+    result = load_file(request.getfixturevalue(ranks) / f"{case}.safetensors")
+    eager, exact = alone(torch.float32, case), alone(torch.float64, case)
     for name in ("weights", "losses", "norms"):
         assert_as_accurate(result[name], eager[name], exact[name].double())
 
@@ -165,6 +171,53 @@ def test_gradients_are_views_of_one_buffer():
     assert all(p.grad.stride() == p.stride() for p in y)
     assert all(torch.equal(p.grad, grad) for p, grad in zip(y, expected, strict=True))
     assert buffer.double().sum() == sum(grad.double().sum() for grad in expected)
+
+
+@pytest.fixture
+def one_gloo_process(monkeypatch):
+    """``torch.distributed`` with this process alone: its collectives change nothing."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_that_left_the_buffer_are_put_back(one_gloo_process):
+    network = torch.nn.Linear(3, 2)
+    flat = FlatGradients([network.weight, network.bias])
+    views = [network.weight.grad, network.bias.grad]
+    network(torch.randn(5, 3)).square().sum().backward()
+    expected = network.weight.grad.clone()
+    network.weight.grad, network.bias.grad = expected.clone(), None
+    flat.all_reduce()
+    assert network.weight.grad is views[0] and network.bias.grad is views[1]
+    assert torch.equal(views[0], expected) and not views[1].any()
+
+
+def test_one_process_of_torch_distributed_is_alone(one_gloo_process):
+    assert ranks_of(make_backbone()) == Ranks()
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (None, r"2 processes were launched, and each would train a student of its own: call "
+               r"torch\.distributed\.init_process_group\(\) before Distiller, or pass ranks="),
+        ("cuda:nccl", "initialised with cuda:nccl, which does not reach a backbone on cpu"),
+    ],
+)  # fmt: skip
+def test_processes_that_would_train_apart_are_refused(backend, message, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if backend:
+        facts = {"is_initialized": True, "get_rank": 1, "get_world_size": 2}
+        for name, value in (facts | {"get_backend_config": backend}).items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    config = DistillConfig()
+    for make in (Distiller, partial(CapturedDistiller, graph=RecordedGraph)):
+        with pytest.raises(ValueError, match=message):
+            make(make_backbone(), config)
+    assert Distiller(make_backbone(), config, ranks=Ranks()).ranks.world == 1
 
 
 def test_what_cannot_be_shared_out_is_refused():

@@ -57,7 +57,8 @@ def test_every_command_of_a_guide_runs(guide, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("guide", [p.name for p in GUIDES if blocks(p, "python")])
-def test_every_python_block_of_a_guide_runs(guide):
+def test_every_python_block_of_a_guide_runs(guide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for block in blocks(ROOT / "docs" / guide, "python"):
         exec(compile(block, guide, "exec"), {})
 

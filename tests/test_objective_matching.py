@@ -180,6 +180,23 @@ def test_ida_moves_the_auxiliary_towards_the_student():
         ).eps * expected.abs().max()
 
 
+def test_ida_leaves_the_auxiliary_after_a_skipped_update():
+    distiller = toy_distiller("senseflow", senseflow=SenseFlowSettings(ida_decay=0.5))
+    aux = distiller.backbone.parameters_of("aux")
+    before = [p.detach().clone() for p in aux]
+    with torch.no_grad():  # a student that is elsewhere: IDA would move the auxiliary
+        for parameter in distiller.backbone.parameters_of("student"):
+            parameter.add_(1.0)
+    data, cond = condition(distiller)
+    generator = distiller.backbone.student.register_forward_hook(lambda *args: args[-1] * math.nan)
+    distiller.student_step((data, cond))
+    assert distiller.skipped.item() == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(aux, before, strict=True))
+    generator.remove()
+    distiller.student_step((data, cond))
+    assert not any(torch.equal(a, b) for a, b in zip(aux, before, strict=True))
+
+
 class Pointer(ExactJump):
     """The exact one-step student, with what a discriminator asks for."""
 

@@ -58,7 +58,7 @@ LAYERS = [
     {"adapters"},
     {"activation"},
     {"shared_backbone"},
-    {"objectives", "optim", "distributed", "graph_memory"},
+    {"objectives", "optim", "distributed", "graph_memory", "student"},
     {"graphs", "distiller", "float8"},
     {"captured"},
     {"comparison"},

@@ -22,7 +22,6 @@ from mfd_fast.config import DistillConfig
 from mfd_fast.cost.cycle import (
     CycleCost,
     MetaModel,
-    MetaOptimizer,
     Traced,
     bytes_that_stay,
     gradients_of,
@@ -30,7 +29,6 @@ from mfd_fast.cost.cycle import (
     weighted,
 )
 from mfd_fast.cost.trace import Memory, Trace, Work
-from mfd_fast.objectives import make_objective
 from mfd_fast.objectives.compared import Batch, Fields
 from mfd_fast.solvers import plan
 
@@ -58,11 +56,7 @@ class MetaComparison(Traced, ComparisonDistiller):
     """A ``ComparisonDistiller`` without storage whose teacher integrates in one evaluation."""
 
     def __init__(self, model: MetaModel, config: DistillConfig):
-        roles = make_objective(config).roles
-        super().__init__(model.backbone, config, dict.fromkeys(roles), schedule=model.schedule)
-        self.optimizers = {
-            role: MetaOptimizer(self.parameters_of(role), self._optim(role)) for role in roles
-        }
+        super().__init__(model.backbone, config, schedule=model.schedule)
         self.draws: Draws | None = None
 
     def _batch(self, cond: Any) -> Batch:

@@ -79,6 +79,9 @@ def moment_bytes(kind: str) -> float:
 class Traced:
     """A distiller whose phases and optimizer steps can be charged to a trace."""
 
+    def _make_optimizer(self, role: str) -> Optimizer:
+        return MetaOptimizer(self.parameters_of(role), self._optim(role))
+
     def listen(self, trace: Trace) -> None:
         """Charge phases and optimizer steps to ``trace``."""
         self.phase = trace.phase
@@ -90,12 +93,7 @@ class MetaDistiller(Traced, Distiller):
     """A ``Distiller`` without storage whose integrations take one evaluation."""
 
     def __init__(self, model: MetaModel, config: DistillConfig):
-        backbone = model.backbone
-        optimizers = {
-            "aux": MetaOptimizer(backbone.parameters_of("aux"), config.aux_optim),
-            "student": MetaOptimizer(backbone.parameters_of("student"), config.student_optim),
-        }
-        super().__init__(backbone, config, optimizers, schedule=model.schedule)
+        super().__init__(model.backbone, config, schedule=model.schedule)
 
     def _draw_table(self, cond: Any) -> SolverTable:
         half = torch.full((batch_size(cond),), 0.5)

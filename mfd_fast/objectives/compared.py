@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from mfd_fast.backbone import AUX, CopiedBackbone, Prepared, trajectory_lanes
 from mfd_fast.config import DistillConfig
-from mfd_fast.flow import sample_time_pairs, sample_times, uniform_schedule
+from mfd_fast.flow import on_grid, sample_time_pairs, sample_times, uniform_schedule
 from mfd_fast.integrate import generate, integrate
 from mfd_fast.objectives.base import Metrics
 from mfd_fast.solvers import plan, to_device
@@ -102,7 +102,7 @@ class Batch:
             std=config.time_std,
             generator=self.host,
         )
-        return to_device(t, self.device)
+        return to_device(on_grid(t, config.grid), self.device)
 
     def time_pairs(
         self, config: DistillConfig, *, equal_fraction: float = 0.0
@@ -116,7 +116,8 @@ class Batch:
             equal_fraction=equal_fraction,
             generator=self.host,
         )
-        return to_device(pairs[0], self.device), to_device(pairs[1], self.device)
+        t, s = (to_device(on_grid(time, config.grid), self.device) for time in pairs)
+        return t, s
 
 
 class ComparedObjective:
@@ -151,8 +152,10 @@ class ComparedObjective:
         raise NotImplementedError(f"{type(self).__name__} names the role aux: it needs an aux_loss")
 
     @torch.no_grad()
-    def after_update(self, role: str, backbone: CopiedBackbone) -> None:
-        """Called after every optimizer step of the role."""
+    def after_update(self, role: str, backbone: CopiedBackbone, skipped: Tensor) -> None:
+        """Called after every optimizer step of the role; skipped ``[]`` is 1.0 if it did nothing,
+        and then nothing may change here.
+        """
 
 
 def column(t: Tensor, x: Tensor) -> Tensor:

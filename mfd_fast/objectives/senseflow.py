@@ -1,6 +1,6 @@
 """SenseFlow (Ge et al. 2026): dmd2 and two stabilisers.
 
-    IDA (implicit distribution alignment), after each student update:
+    IDA (implicit distribution alignment), after each student update that was not skipped:
         phi_A <- lambda phi_A + (1 - lambda) theta_S
     ISG (intra-segment guidance), for a segment [r, t] of the student's sampler, t_mid inside it:
         x_mid = the teacher's ODE from x_t to t_mid,   target = sg( student(x_mid -> r) )
@@ -18,6 +18,7 @@ from mfd_fast.objectives.base import Metrics
 from mfd_fast.objectives.compared import Batch, column
 from mfd_fast.objectives.dmd2 import DistributionMatching, Segment, middle_width, with_middle
 from mfd_fast.ops import interpolate
+from mfd_fast.optim import average_
 from mfd_fast.solvers import to_device
 
 
@@ -58,11 +59,12 @@ class SenseFlow(DistributionMatching):
         return x_middle - column(t - segment.r, x_middle) * batch.fields.student(x_middle, t)
 
     @torch.no_grad()
-    def after_update(self, role: str, backbone) -> None:
+    def after_update(self, role: str, backbone, skipped: Tensor) -> None:
         if role == "student":
-            torch._foreach_lerp_(
+            average_(
                 backbone.parameters_of("aux"),
                 backbone.parameters_of("student"),
-                1.0 - self.config.senseflow.ida_decay,
+                decay=self.config.senseflow.ida_decay,
+                skipped=skipped,
             )
             backbone.refresh("aux")

@@ -72,7 +72,6 @@ def digits_model(config: RunConfig) -> MetaModel:
     from mfd_fast.tasks.digits import DigitsTask
 
     backbone = DigitsTask(config).backbone().to("meta")
-    backbone.device = torch.device("meta")
     return MetaModel(backbone, lambda batch: torch.empty(batch, dtype=int, device="meta"))
 
 
