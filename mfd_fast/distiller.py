@@ -338,7 +338,7 @@ class Distiller:
         set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
 
     def _optim(self, role: str) -> OptimConfig:
-        return self.config.aux_optim if role == "aux" else self.config.student_optim
+        return self.config.optim_of(role)
 
     def _parts(self, cond: Any) -> list[Any]:
         """``cond`` in ``micro_batches`` equal parts."""

@@ -143,13 +143,14 @@ class _Loop:
         return role
 
     def _cond(self, next_cond: Callable[[int], Any], number: int) -> Any:
-        """The condition; if its file has vanished, what was learnt is saved first.
+        """The condition; if there is none (its file has vanished, a prompt is too long), what was
+        learnt is saved first.
 
         Of several ranks one may fail alone: the others would wait for it, so none saves.
         """
         try:
             return next_cond(number)
-        except OSError:
+        except Exception:
             if self.distiller.ranks.world == 1:
                 self.checkpoint(wait=True)
             raise

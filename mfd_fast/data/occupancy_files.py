@@ -5,7 +5,6 @@ DATA/nuscenes/nuscenes_infos_{train,val}_temporal_v3_scene.pkl   scenes, order, 
 DATA/nusc_latent_vae/<size>/nus_sem_occ_{training,validation}.pkl  latents of a VAE, one a frame
 """
 
-import os
 import pickle
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ import numpy as np
 
 from mfd_fast.data.occupancy import CLASSES, SPLITS
 from mfd_fast.data.plain_pickle import load_plain_pickle
+from mfd_fast.files import written
 
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
 
@@ -225,8 +225,5 @@ def write_latents(
 
 
 def _write_pickle(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with written(path) as partial, partial.open("wb") as file:
         pickle.dump(value, file, protocol=4)
-    os.replace(partial, path)

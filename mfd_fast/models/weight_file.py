@@ -5,7 +5,6 @@ give the same bytes.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from mfd_fast.files import written
 
 HEADER_KEY = "mfd_fast"
 
@@ -35,12 +36,10 @@ def save_weights(
         metadata: anything else worth keeping, as JSON values.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"kind": kind, "config": dict(config), "metadata": dict(metadata)}
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_bytes(save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))
 
 
 def load_weights(
