@@ -289,8 +289,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     any folder.
     """
     values = {key: value for key, value in leaves(to_dict(config)) if key in config.PATHS}
-    found = {key: str(Path(value).absolute()) for key, value in values.items()
-             if value and Path(value).exists()}  # fmt: skip
+    places = {key: Path(value) for key, value in values.items() if value and Path(value).exists()}
+    # Not the file's own links: its name says what it holds.
+    found = {key: str(path.parent.resolve() / path.name) for key, path in places.items()}
     return with_settings(config, found)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import assert_same, largest_file, make_checkpointer, make_distiller, next_cond
 
-from mfd_fast import checkpoint, checkpointer
+from mfd_fast import checkpoint, checkpointer, files
 from mfd_fast.checkpoint import Counts, DamagedCheckpointError, checkpoints_in, latest_good, read
 from mfd_fast.config import TrainConfig
 
