@@ -171,7 +171,7 @@ def restore(state: dict[str, Any], distiller: Distiller, progress: Progress, ran
     distiller.load_state_dict(state["distiller"])
     for role, optimizer in distiller.optimizers.items():
         set_lr(optimizer, distiller.config.optim_of(role).lr)
-    progress.load_state_dict(state["progress"])
+    progress.load_state_dict(state["progress"], ranks)
     for kind, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
         states = state["rng"].get(kind)
         if states:

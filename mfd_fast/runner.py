@@ -211,7 +211,8 @@ class _Session:
 
     def _evaluate(self) -> None:
         run, task, distiller = self.run, self.task, self.distiller
-        if self.ranks.is_sharded:  # whole weights again, in this process alone
+        if self.ranks.is_sharded:  # whole weights again, in this process alone, of a whole teacher
+            self.task = task = make_task(self.config)
             distiller = make_distiller(task, self.config, Ranks())
             distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
         run.flush()
