@@ -299,6 +299,19 @@ class CopiedBackbone(nn.Module):
         """What besides parameters belongs to the state of a network that is trained."""
         return kept_buffers(getattr(self, role))
 
+    def student_network(self) -> nn.Module:
+        """A copy of the student, in eval mode; ``ValueError`` if it is spread over ranks."""
+        if any(hasattr(parameter, "to_local") for parameter in self.student.parameters()):
+            raise ValueError(
+                "the student's weights are spread over ranks: inside averaged_student(), gather "
+                "them with torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            )
+        masters = self._masters.get("student")
+        student = copy.deepcopy(self.student, {id(masters): masters}).eval()
+        if masters is not None:
+            masters.let_go(student)
+        return student
+
     def refresh(self, role: str) -> None:
         """Round the float32 masters of a network in 16 bits into it, in place."""
         if role in self._masters:
@@ -329,19 +342,6 @@ def buffers_of(backbone: Backbone, roles: tuple[str, ...]) -> dict[str, list[Ten
     """``"{role}_buffers"``: what besides parameters is the state of networks that are trained."""
     of = getattr(backbone, "buffers_of", lambda role: [])  # adapters have none
     return {f"{role}_buffers": of(role) for role in roles}
-
-    def student_network(self) -> nn.Module:
-        """A copy of the student, in eval mode; ``ValueError`` if it is spread over ranks."""
-        if any(hasattr(parameter, "to_local") for parameter in self.student.parameters()):
-            raise ValueError(
-                "the student's weights are spread over ranks: inside averaged_student(), gather "
-                "them with torch.distributed.checkpoint.state_dict.get_model_state_dict"
-            )
-        masters = self._masters.get("student")
-        student = copy.deepcopy(self.student, {id(masters): masters}).eval()
-        if masters is not None:
-            masters.let_go(student)
-        return student
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,10 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mfd_fast.distributed import is_sharded
+from mfd_fast.files import REMOVING, sync
 
 STATE, MANIFEST = "state.json", "manifest.json"
 FORMAT = 1
-WRITING, REMOVING = ".writing-", ".removing-"
+WRAPPERS = ("torchao.optim.",)  # modules whose tensors are made of plain ones, by torch's protocol
 NAME = re.compile(r"student-(\d{6,})-aux-(\d{6,})")
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -90,16 +92,37 @@ def _pack(node: Any, path: str, packed: Packed) -> Any:
         items = [_pack(item, f"{path}/{index}", packed) for index, item in enumerate(node)]
         return {type(node).__name__: items}
     name = path.lstrip("/")
+    if isinstance(node, torch.dtype):
+        return {"dtype": str(node).removeprefix("torch.")}
     if is_sharded(node) and len(node.placements) == 1 and node.placements[0].is_shard(dim=0):
-        packed.pieces[name] = node.to_local()
-        return {"pieces": name}
+        piece = node.to_local()
+        if type(piece) is Tensor:
+            packed.pieces[name] = piece
+            return {"pieces": name}
     if type(node) in (Tensor, torch.nn.Parameter) and node.dtype in DTYPES:
         packed.whole[name] = node.detach()
         return {"tensor": name}
+    if _class_name(node).startswith(WRAPPERS):
+        names, context = node.__tensor_flatten__()
+        parts = {"parts": {part: getattr(node, part) for part in names}, "context": context}
+        return {"wrapped": [_class_name(node), _pack(parts, path, packed)]}
     raise ValueError(
         f"a checkpoint holds plain tensors, numbers and strings; {name} is a {type(node).__name__}"
         ". Leave it out of the state, or take an optimizer whose state is plain tensors (adamw)"
     )
+
+
+def _class_name(node: Any) -> str:
+    return f"{type(node).__module__}:{type(node).__qualname__}"
+
+
+def _unwrapped(name: str, parts: dict[str, Any]) -> Tensor:
+    """A tensor that is made of others again, such as moments of 8 bits with their scales."""
+    if not name.startswith(WRAPPERS):
+        raise ValueError(f"a checkpoint holds no objects of {name}; it was not written here")
+    module, kind = name.split(":")
+    cls = getattr(import_module(module), kind)
+    return cls.__tensor_unflatten__(parts["parts"], parts["context"], None, None)
 
 
 def unpack(node: Any, files: list[dict[str, Tensor]]) -> Any:
@@ -113,6 +136,10 @@ def unpack(node: Any, files: list[dict[str, Tensor]]) -> Any:
         return files[0][value]
     if kind == "pieces":
         return torch.cat([file[value] for file in files])
+    if kind == "dtype":
+        return getattr(torch, value)
+    if kind == "wrapped":
+        return _unwrapped(value[0], unpack(value[1], files))
     items = [unpack(item, files) for item in value]
     return tuple(items) if kind == "tuple" else items
 
@@ -169,15 +196,6 @@ class _Digest:
         return {"bytes": self.size, "blake2b": self.hash.hexdigest()}
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def manifest_bytes(entries: dict[str, Any], version: int) -> bytes:
     """The manifest of these files, with a checksum of itself."""
     body = {"format": version, "files": entries}
@@ -188,11 +206,11 @@ def manifest_bytes(entries: dict[str, Any], version: int) -> bytes:
 def commit(temporary: Path, final: Path, entries: dict[str, Any]) -> None:
     """Complete the hidden folder with its manifest and rename it; replaces a checkpoint there."""
     write_bytes(temporary / MANIFEST, manifest_bytes(entries, FORMAT))
-    sync_folder(temporary)
+    sync(temporary)
     if final.exists():
         remove(final)
     temporary.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def remove(path: Path) -> None:
@@ -201,13 +219,6 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def clean(folder: Path) -> None:
-    """Remove what killed runs left half-written or half-removed."""
-    for path in folder.glob(".*"):
-        if path.name.startswith((WRITING, REMOVING)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -264,6 +275,12 @@ def read(path: Path) -> Any:
     verify(path)
     names = sorted(name for name in _entries(path) if name.endswith(".safetensors"))
     return unpack(json.loads((path / STATE).read_bytes()), [load_file(path / n) for n in names])
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a verified checkpoint tells besides its state, no tensor read."""
+    state = dict(json.loads((path / STATE).read_bytes())["dict"])
+    return unpack(state["header"], [])
 
 
 def latest_good(

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mfd_fast.checkpoint import (
     STATE,
-    WRITING,
     Counts,
     checkpoints_in,
     commit,
@@ -32,6 +31,7 @@ from mfd_fast.checkpoint import (
 )
 from mfd_fast.config import TrainConfig
 from mfd_fast.distributed import Ranks
+from mfd_fast.files import WRITING
 
 PIECE_TIMEOUT_S = 900.0  # how long rank 0 waits for the other ranks' files
 # What a rank with pieces leaves beside its file: its manifest entry, or that it could not write.
@@ -151,8 +151,8 @@ class Checkpointer:
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             self.warn(
-                f"checkpoint {counts} could not be written: {error.strerror or error}. The run "
-                "goes on and tries again at the next one; make room, or lower train.keep_last"
+                f"checkpoint {counts} could not be written: {error.strerror or error}. It is "
+                "tried again at the next one; make room, or lower train.keep_last"
             )
         except BaseException as error:  # told by wait(): a thread has nobody to raise to
             self._error = error

@@ -4,6 +4,7 @@ overrides.
 
 import dataclasses
 import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -142,6 +143,10 @@ class DistillConfig(Settings):
                 "distill.max_interval", f"above min_interval {self.min_interval} or none",
                 self.max_interval)  # fmt: skip
 
+    def optim_of(self, role: str) -> OptimConfig:
+        """The optimizer's settings of ``"aux"`` or ``"student"``."""
+        return self.aux_optim if role == "aux" else self.student_optim
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
@@ -217,7 +222,21 @@ class RunConfig(Settings):
         "train.max_skipped_in_a_row",
         "train.shard",
     )
-    """Settings that a resumed run may have otherwise than the run it continues."""
+    """Settings that a resumed run may have otherwise than the run it continues, and that do not
+    change what it learns.
+    """
+    LEARNS_ON: ClassVar[tuple[str, ...]] = (
+        "distill.aux_updates",
+        "distill.micro_batches",
+        "distill.student_backprop",
+        "distill.student_optim.lr",
+        "distill.student_optim.clip_norm",
+        "distill.aux_optim.lr",
+        "distill.aux_optim.clip_norm",
+    )
+    """Settings that it may have otherwise, too: from there on it learns by the new ones."""
+    PATHS: ClassVar[tuple[str, ...]] = ("teacher",)
+    """Settings that say where files lie.  They may move: their contents are compared."""
 
     preset: str
     """The task: what is distilled, from which teacher, on which conditions."""
@@ -229,6 +248,38 @@ class RunConfig(Settings):
     """The method."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+
+
+def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    """The config with values by dotted key."""
+    tree = to_dict(config)
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(type(config), tree)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of nested mappings, by dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with relative paths of what exists made absolute: the run can then be opened from
+    any folder.
+    """
+    values = {key: value for key, value in leaves(to_dict(config)) if key in config.PATHS}
+    places = {key: Path(value) for key, value in values.items() if value and Path(value).exists()}
+    # Not the file's own links: its name says what it holds.
+    found = {key: str(path.parent.resolve() / path.name) for key, path in places.items()}
+    return with_settings(config, found)
 
 
 def to_dict(config: Any) -> dict:

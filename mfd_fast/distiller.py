@@ -354,7 +354,7 @@ class Distiller(StudentWeights):
             set_warmup_lr(self.optimizers[role], self._optim(role), self.num_updates[role])
 
     def _optim(self, role: str) -> OptimConfig:
-        return self.config.aux_optim if role == "aux" else self.config.student_optim
+        return self.config.optim_of(role)
 
     def _parts(self, cond: Any) -> list[Any]:
         return in_parts(cond, self.config.micro_batches)

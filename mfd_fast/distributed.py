@@ -99,16 +99,27 @@ class Ranks:
         dist.all_reduce(total, group=self.control)
         return (total / self.world).tolist()
 
-    def mean_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over ranks of device tensors ``[]``, which nobody waits for; a collective call."""
+    def of_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Device tensors ``[]`` of all ranks, each ``[world]``, bit for bit; nobody waits for them.
+
+        Alone: the tensors themselves.  A collective call; :meth:`own` takes a rank's back.
+        """
         if self.world == 1:
             return tensors
-        total = torch.stack([value.double() for value in tensors.values()])
-        dist.all_reduce(total)
-        means = (total / self.world).unbind()
+        mine = torch.stack([value.double() for value in tensors.values()])
+        every = mine.new_zeros(self.world, len(mine))
+        every[self.rank] = mine
+        dist.all_reduce(every)
         return {
-            name: mean.to(value.dtype)
-            for (name, value), mean in zip(tensors.items(), means, strict=True)
+            name: column.to(value.dtype)
+            for (name, value), column in zip(tensors.items(), every.unbind(1), strict=True)
+        }
+
+    def own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's of what :meth:`of_all` gave; the mean, if it was another number of ranks."""
+        return {
+            name: value[self.rank] if value.shape == (self.world,) else value.mean()
+            for name, value in tensors.items()
         }
 
     def gather(self, values: Tensor) -> list[Tensor]:

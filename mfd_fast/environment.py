@@ -33,12 +33,14 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit, "-dirty" if the code differs from it; MFD_COMMIT where there is no repository.
+    """The commit, "-dirty" if the code differs from it; MFD_COMMIT where the package does not lie
+    in a repository of its own.
 
     Results and pages made from them are not code: one run may write several.
     """
     head = _output("git", "rev-parse", "--short=12", "HEAD")
-    if head is None:
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if head is None or top is None or not ROOT.samefile(top):  # installed inside a foreign one
         return os.environ.get("MFD_COMMIT", "unknown")
     code = ("--", ".", ":!bench/results", ":!docs", ":!*.md")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", *code)

@@ -220,14 +220,18 @@ def velocity_error(distiller: Distiller, cond: Any, *, r: float = 0.0) -> dict[s
 
 
 def described(distiller: Distiller, cond: Any) -> str:
-    """:func:`velocity_error` in words, of the samples of cond that a step evaluates at once."""
+    """:func:`velocity_error` of the first solver step in words, of the samples of cond that a step
+    evaluates at once: two evaluations of the network, not two trajectories.
+    """
     parts = distiller.ranks.world * distiller.config.micro_batches
     size = max(1, batch_size(cond) // parts)
-    errors = velocity_error(distiller, tree_map(lambda leaf: leaf[:size], cond))
+    step = max(distiller.config.step_size, 1 / (distiller.config.grid or math.inf))
+    rows = tree_map(lambda leaf: leaf[:size], cond)
+    errors = velocity_error(distiller, rows, r=max(0.0, 1.0 - step))
     copies = distiller.backbone.float8.copies.values()
     size = sum(math.prod(copy.values.shape) + 4 * len(copy.scale) for copy in copies)
     listed = ", ".join(f"{role} {error:.2%}" for role, error in errors.items())
     return (
-        f"{len(copies)} weights in e4m3, {size / 1e6:.3g} MB; error of the velocity integrated "
-        f"from noise to data: {listed}"
+        f"{len(copies)} weights in e4m3, {size / 1e6:.3g} MB; error of the velocity at the "
+        f"noise, the first step: {listed}"
     )

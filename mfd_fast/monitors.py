@@ -47,8 +47,8 @@ GUARDS = (
         lambda row, _: row.get("saturation", 0.0) > MAX_SATURATION,
         lambda row, _: (
             f"{row['saturation']:.0%} of the samples' values are beyond distill.sample_bound: the "
-            "student is leaving the data's range; lower distill.student_optim.lr or "
-            "distill.guidance"
+            "student is leaving the data's range; go on with a lower distill.student_optim.lr, or "
+            "start again with a lower distill.guidance"
         ),
     ),
     Guard(
@@ -189,6 +189,7 @@ def check_skips(row: Row, limit: int) -> None:
         raise Skipping(
             f"the last {row['skipped_in_a_row']:.0f} updates of a role had gradients that are not "
             f"finite and were skipped (train.max_skipped_in_a_row {limit}); nothing is learned. "
-            "Resume an earlier checkpoint with --resume PATH, or start again with a lower lr or "
-            "guidance; an fp16 network needs distill.loss_scale"
+            "Resume an earlier checkpoint with a lower learning rate (--resume PATH "
+            "--distill.student-optim.lr LR, or aux-optim), or start again with a lower "
+            "distill.guidance; an fp16 network starts with a distill.loss_scale"
         )

@@ -129,12 +129,16 @@ def set_warmup_lr(optimizer: Optimizer, config: OptimConfig, update: int) -> Non
     """Linear warm-up: update 0 .. warmup_updates - 1 rise to ``config.lr``; no device sync."""
     if update > config.warmup_updates:
         return
-    factor = min(1.0, (update + 1) / max(config.warmup_updates, 1))
+    set_lr(optimizer, config.lr * min(1.0, (update + 1) / max(config.warmup_updates, 1)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """The learning rate of every group, in its tensor if it has one."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(config.lr * factor)
+            group["lr"].fill_(lr)
         else:
-            group["lr"] = config.lr * factor
+            group["lr"] = lr
 
 
 class LossScale:

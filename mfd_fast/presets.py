@@ -86,7 +86,19 @@ class SanaRun(RunConfig):
         "--variant": "--sana.variant",
         "--teacher-lora": "--sana.teacher-lora",
     }
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*RunConfig.MAY_CHANGE, "sana.text_multiple")
+    PATHS: ClassVar[tuple[str, ...]] = (*RunConfig.PATHS, "sana.prompts", "sana.teacher_lora")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.MAY_CHANGE,
+        "sana.prompt_column",
+        "sana.skip_bad",
+        "sana.revision",
+        "sana.variant",
+        "sana.encode_ahead",
+        "sana.keep_text_encoder",
+        "sana.text_length",
+        "sana.text_multiple",
+        "sana.preview_prompt",
+    )
 
     sana: SanaSettings = field(default_factory=SanaSettings)
     """Text, adapters and sizes."""
@@ -120,6 +132,7 @@ class OccfmRun(RunConfig):
 
     TASK: ClassVar[str] = "mfd_fast.tasks.occfm:OccfmTask"
     SHORT: ClassVar[dict[str, str]] = {"--data": "--occfm.store", "--vae": "--occfm.vae"}
+    PATHS: ClassVar[tuple[str, ...]] = (*RunConfig.PATHS, "occfm.store", "occfm.vae", "occfm.vae3d")
 
     occfm: OccfmSettings = field(default_factory=OccfmSettings)
     """Data, decoder and what is trained."""
@@ -146,6 +159,12 @@ class Cifar10Run(RunConfig):
     """Unconditional CIFAR-10, full copies of a UNet of mfd-fast pretrain cifar10."""
 
     TASK: ClassVar[str] = "mfd_fast.tasks.cifar10:Cifar10Task"
+    PATHS: ClassVar[tuple[str, ...]] = (*RunConfig.PATHS, "cifar10.data", "cifar10.features_model")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.MAY_CHANGE,
+        "cifar10.features",
+        "cifar10.teacher_steps",
+    )
 
     cifar10: Cifar10Settings = field(default_factory=Cifar10Settings)
     """Data and yardstick."""

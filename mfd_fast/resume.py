@@ -6,7 +6,7 @@ in another order: equal to rounding.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.backbone import Backbone
-from mfd_fast.checkpoint import Counts, DamagedCheckpointError, latest_good, verify
-from mfd_fast.config import RunConfig, to_dict
+from mfd_fast.checkpoint import (
+    Counts,
+    DamagedCheckpointError,
+    latest_good,
+    pack,
+    read_header,
+    verify,
+)
+from mfd_fast.config import DistillConfig, RunConfig, leaves, to_dict
 from mfd_fast.distiller import TRAINED, Distiller
 from mfd_fast.distributed import Ranks, local
+from mfd_fast.optim import make_optimizer, set_lr
 from mfd_fast.trainer import Progress
 
 # Settings that may change but change the order in which numbers are added.
-CHANGES_ROUNDING = ("train.float8", "train.activation", "train.shard", "sana.text_multiple")
+CHANGES_ROUNDING = (
+    "train.capture",
+    "train.float8",
+    "train.activation",
+    "train.shard",
+    "sana.encode_ahead",
+    "sana.text_length",
+    "sana.text_multiple",
+)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,10 +74,14 @@ def locate(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
     return path, []
 
 
-def header(config: RunConfig, backbone: Backbone, ranks: Ranks) -> dict[str, Any]:
-    """What a checkpoint tells besides the state: whom it belongs to and what made it."""
+def header(config: RunConfig, backbone: Backbone, ranks: Ranks, data: str = "") -> dict[str, Any]:
+    """What a checkpoint tells besides the state: whom it belongs to and what made it.
+
+    data: checksum of what the conditions are made from.
+    """
     return {
         "config": to_dict(config),
+        "data": data,
         "model": fingerprint(backbone, ranks),
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         "device": backbone.device.type,
@@ -99,40 +119,39 @@ def _bit_sum(x: Tensor) -> Tensor:
 
 def check_config(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """Remarks about settings that changed; ``ValueError`` names one that must not."""
-    before, now = dict(_leaves(saved)), dict(_leaves(to_dict(config)))
+    before, now = dict(leaves(saved)), dict(leaves(to_dict(config)))
     remarks = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        if key not in config.MAY_CHANGE:
+        if key not in (*config.MAY_CHANGE, *config.LEARNS_ON, *config.PATHS):
             raise ValueError(
                 f"the checkpoint was made with {key} {old!r}, this run has {new!r}; give the "
                 "same value, or start a new run in another folder"
             )
         if key in CHANGES_ROUNDING:
             remarks.append(f"{key} was {old!r} and is {new!r}: from here on equal to rounding")
+        if key in config.LEARNS_ON:
+            remarks.append(f"{key} was {old!r} and is {new!r}: from here on the run learns by it")
     return remarks
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def check_header(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Remarks about another machine or version; ``ValueError`` for another model or device."""
+    """Remarks about another machine or version; ``ValueError`` for another model, data, device."""
     for kind, what in (("trained", "trains"), ("frozen", "has frozen")):
         old, new = saved["model"][kind], mine["model"][kind]
         if old != new:
             key = next(k for k in [*old, *new] if old.get(k) != new.get(k))
             raise ValueError(
                 f"the checkpoint belongs to another model: this one {what} something else at "
-                f"{key}; give the teacher that the run was started with"
+                f"{key}; give the teacher that the run was started with, wherever it lies now"
             )
+    if saved.get("data", mine["data"]) != mine["data"]:
+        raise ValueError(
+            "the checkpoint's run learned from other data; give the prompts or the store that it "
+            "was started with, wherever they lie now"
+        )
     if saved["device"] != mine["device"]:
         raise ValueError(
             f"the checkpoint's random numbers are those of {saved['device']}, this run is on "
@@ -146,10 +165,52 @@ def check_header(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 
 
 def restore(state: dict[str, Any], distiller: Distiller, progress: Progress, ranks: Ranks) -> None:
-    """Put everything back: weights, optimizers, counters, random states of this rank."""
+    """Put everything back: weights, optimizers, counters, random states of this rank.
+
+    The learning rates are those of the distiller's config, which may have changed.
+    """
     distiller.load_state_dict(state["distiller"])
-    progress.load_state_dict(state["progress"])
+    for role, optimizer in distiller.optimizers.items():
+        set_lr(optimizer, distiller.config.optim_of(role).lr)
+    progress.load_state_dict(state["progress"], ranks)
     for kind, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
         states = state["rng"].get(kind)
         if states:
             set_state(states[ranks.rank if len(states) == ranks.world else 0])
+
+
+def check_optimizers(config: DistillConfig, parameters: Mapping[str, Tensor]) -> None:
+    """Try, before anything is learned, that the state of every optimizer fits a checkpoint.
+
+    Args:
+        config: names the optimizers.
+        parameters: role -> one of its parameters, where it will be trained; it is left alone.
+
+    ``ImportError`` or ``ValueError`` names the role's setting.
+    """
+    for role, parameter in parameters.items():
+        scratch = nn.Parameter(torch.zeros_like(parameter))
+        scratch.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = make_optimizer([scratch], config.optim_of(role))
+            optimizer.step()
+            pack(optimizer.state_dict())
+        except (ValueError, ImportError) as error:
+            key = f"distill.{role}_optim.kind"
+            raise type(error)(f"{key} {config.optim_of(role).kind}: {error}") from None
+
+
+def check_teacher(checkpoints: Path, backbone: Backbone) -> None:
+    """``ValueError`` if the frozen weights are not those that a run's newest checkpoint knows."""
+    path, _ = latest_good(checkpoints)
+    if path is None:
+        raise ValueError(
+            f"{checkpoints} has no good checkpoint to compare a teacher with; put the teacher back "
+            "where it was"
+        )
+    saved = read_header(path)["model"]["frozen"]
+    if saved != fingerprint(backbone, Ranks())["frozen"]:
+        raise ValueError(
+            "the teacher is another one than that of the run; give the one that the run was "
+            "started with, wherever it lies now"
+        )

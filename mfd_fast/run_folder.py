@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.config import RunConfig, save_config
+from mfd_fast.files import WRITING, write_text, written
 from mfd_fast.presets import load_config
 
 CONFIG, METRICS, STUDENT, RESULTS, CHECKPOINTS = (
@@ -29,7 +30,7 @@ CONFIG, METRICS, STUDENT, RESULTS, CHECKPOINTS = (
     "results.json",
     "checkpoints",
 )
-LOCK, PARTIAL = ".lock", ".partial"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -62,9 +63,13 @@ class RunFolder:
     def resume(cls, path: str | Path) -> "RunFolder":
         """The folder of a run to continue, or a new one if there is none yet."""
         path = Path(path)
-        kept = {LOCK, CONFIG, CONFIG + PARTIAL, CHECKPOINTS}
+        kept = {LOCK, CONFIG, CHECKPOINTS}
         if path.is_dir() and not (path / CONFIG).is_file():
-            others = sorted(entry.name for entry in path.iterdir() if entry.name not in kept)
+            others = sorted(
+                entry.name
+                for entry in path.iterdir()
+                if entry.name not in kept and not entry.name.startswith(WRITING)
+            )
             if others:
                 raise ValueError(
                     f"{path} is not a run folder: it has no {CONFIG}, but {others[0]}; nothing was "
@@ -135,17 +140,16 @@ class RunFolder:
             line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update
         ]
         if kept != lines:
-            self._replace(METRICS, "".join(kept))
+            write_text(path, "".join(kept))
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml; it appears complete or not at all."""
-        partial = self.path / (CONFIG + PARTIAL)
-        save_config(config, partial)
-        partial.replace(self.path / CONFIG)
+        with written(self.path / CONFIG) as partial:
+            save_config(config, partial)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file; it appears complete or not at all."""
-        self._replace(name, json.dumps(value, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def release(self) -> None:
         """Let another run write here."""
@@ -161,7 +165,7 @@ class RunFolder:
         except OSError as error:
             self.release()
             raise ValueError(
-                f"cannot write to the run folder {self.path}: {error.strerror}; choose a "
+                f"cannot write to the run folder {self.path}: {error.strerror or error}; choose a "
                 "writable folder with --out"
             ) from None
 
@@ -186,11 +190,6 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         lock.flush()
         self._lock = lock
-
-    def _replace(self, name: str, text: str) -> None:
-        partial = self.path / (name + PARTIAL)
-        partial.write_text(text)
-        partial.replace(self.path / name)
 
 
 def _is_same_file(file: Any, path: Path) -> bool:

@@ -3,24 +3,35 @@
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mfd_fast.checkpoint import Counts, clean, read
+from mfd_fast.checkpoint import Counts, read
 from mfd_fast.checkpointer import Checkpointer
-from mfd_fast.config import RunConfig, to_dict
+from mfd_fast.config import RunConfig, to_dict, with_absolute_paths
 from mfd_fast.distiller import Distiller
 from mfd_fast.distributed import Ranks, launched_ranks, num_restarts, shard_copies
 from mfd_fast.environment import environment, peak_memory, peak_memory_counts
+from mfd_fast.files import clean, staged
 from mfd_fast.float8 import described, use_float8
 from mfd_fast.maker import make_distiller
 from mfd_fast.profiling.timer import BetweenRows
 from mfd_fast.report.plan import device_of, plan_of, show, trained_of
 from mfd_fast.report.trackers import check_tracker, make_tracker
-from mfd_fast.resume import check_config, check_header, header, locate, restore
+from mfd_fast.resume import (
+    check_config,
+    check_header,
+    check_optimizers,
+    check_teacher,
+    header,
+    locate,
+    restore,
+)
 from mfd_fast.run_folder import CHECKPOINTS, RESULTS, STUDENT, RunFolder
 from mfd_fast.stop import Stopped, StopSignal
 from mfd_fast.tasks import Task, make_task
@@ -38,6 +49,7 @@ def run_distillation(config: RunConfig, out: Path, *, resume: str | None = None)
     setting is unusable; ``Stopped`` if a signal ended the training after a checkpoint.  Under
     torchrun every rank trains, and rank 0 alone evaluates, when the others are gone.
     """
+    config = with_absolute_paths(config)
     if resume is None and num_restarts():
         resume = ""
     with ExitStack() as folder:
@@ -62,13 +74,22 @@ class _Session:
         self.run = RunFolder(out)
         check_tracker(config.train.report_to)
         self.task = make_task(config)
+        self.found = self.task.check()
+        self.remarks = self.task.remarks(config.num_eval_samples)
         self.next_cond = self.task.conditions()
         self.distiller = distiller_of(self.task, config, ranks)
+        check_optimizers(config.distill, self._largest())
         self.float8 = described(self.distiller, self.next_cond(0)) if config.train.float8 else ""
         self.progress = Progress(self.distiller)
-        self.header = header(config, self.distiller.backbone, ranks)
+        self.header = header(config, self.distiller.backbone, ranks, self.task.data())
         self.resumed: Path | None = None
         torch.manual_seed(config.distill.seed + ranks.rank)  # dropout does not
+
+    def _largest(self) -> dict[str, Tensor]:
+        """The largest parameter of every role that is trained."""
+        distiller = self.distiller
+        return {role: max(distiller.parameters_of(role), key=Tensor.numel)
+                for role in distiller.roles}  # fmt: skip
 
     def open(self, resume: str | None) -> None:
         """Take the folder, and put the state of a checkpoint back if the run is resumed."""
@@ -81,6 +102,7 @@ class _Session:
             self.run = RunFolder.resume(out)
         self.resumed = self._continue(resume)
         if self.ranks.is_main:
+            clean(out)
             clean(self.run / CHECKPOINTS)
             self.run.cut_history(self.distiller.num_updates["student"])
             self.run.write_config(self.config)
@@ -115,11 +137,12 @@ class _Session:
         if self.ranks.is_main:
             backbone = self.distiller.backbone
             rows = {"device": device_of(backbone.device, self.ranks.world)}
-            rows |= plan_of(self.config, run.path, backbone.device) | {
-                "trained": trained_of(backbone)
-            }
+            rows |= plan_of(self.config, run.path, backbone.device) | self.found
+            rows |= {"trained": trained_of(backbone)}
             rows |= {"float8": self.float8} if self.float8 else {}
             show(rows, f"distilling {self.config.preset}")
+            for remark in self.remarks:
+                self.warn(remark)
         if self.resumed:
             self.say(f"continuing {self.resumed} after {done} of {config.updates} updates")
         with StopSignal() as stop, self._bar(done) as bar:
@@ -147,7 +170,7 @@ class _Session:
         )
 
     def _callbacks(self, bar: tqdm) -> list[Callable[[dict[str, Any]], None]]:
-        every = self.config.train.preview_every
+        config, every = self.config.train, self.config.train.preview_every
         tracker = make_tracker(self.config.train.report_to, self.run.path, to_dict(self.config))
 
         def log(row: dict[str, Any]) -> None:
@@ -157,19 +180,44 @@ class _Session:
         def preview(row: dict[str, Any]) -> None:
             if every and row["update"] % every < self.config.train.log_every:
                 picture = self.run / f"preview-{row['update']:06d}.png"
-                self.task.preview(self.distiller, picture)
+                draw = partial(self.task.preview, self.distiller, picture)
+                self.without_failing(draw, f"drawing {picture}")
+
+        def track(row: dict[str, Any]) -> None:
+            for send in tracker:
+                self.without_failing(partial(send, row), f"train.report_to {config.report_to}")
 
         self.phases = BetweenRows(self.distiller)
-        return [log, *tracker, lambda row: _show(bar, row), self.phases, preview]
+        return [log, track, lambda row: _show(bar, row), self.phases, preview]
+
+    def without_failing(self, show: Callable[[], Any], what: str) -> Any:
+        """Do what only shows a run, and tell why it did not work: no run ends over it."""
+        try:
+            return show()
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.warn(f"{what} failed: {reason}; the run goes on without it")
+            return None
 
     def evaluate(self) -> None:
-        """Student, result table and pictures, from rank 0 alone."""
+        """Student, result table and pictures, from rank 0 alone.
+
+        ``OSError`` says how to repeat this without training, where a checkpoint was written.
+        """
+        try:
+            self._evaluate()
+        except OSError as error:
+            raise OSError(f"{error}; {self._next_command()}") from error
+
+    def _evaluate(self) -> None:
         run, task, distiller = self.run, self.task, self.distiller
-        if self.ranks.is_sharded:  # whole weights again, in this process alone
+        if self.ranks.is_sharded:  # whole weights again, in this process alone, of a whole teacher
+            self.task = task = make_task(self.config)
             distiller = distiller_of(task, self.config, Ranks())
             distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
         run.flush()
-        task.save_student(distiller, run / STUDENT)
+        with staged(run.path, STUDENT) as folder:
+            task.save_student(distiller, folder / STUDENT)
         distiller.release_graphs()  # the table needs networks of its own
         rows = task.evaluate(run, self.config.num_eval_samples)
         run.write_json(
@@ -189,7 +237,8 @@ class _Session:
         )
         print(task.format_table(rows))
         self._show_end(run)
-        for path in [*task.draw_pictures(run), run / STUDENT, run / RESULTS]:
+        pictures = self.without_failing(partial(task.draw_pictures, run), "drawing pictures")
+        for path in [*(pictures or []), run / STUDENT, run / RESULTS]:
             print(path)
 
     def _show_end(self, run: RunFolder) -> None:
@@ -204,12 +253,12 @@ class _Session:
 
     def _farewell(self, stop: Stopped) -> str:
         """Where a stopped run is, and how to go on."""
+        return f"{stop}; {self._next_command()}"
+
+    def _next_command(self) -> str:
         written = self.checkpointer.last_written
-        kept = f"checkpoint {written}" if written else "no checkpoint could be written"
-        return (
-            f"{stop}; {kept}; continue with: mfd-fast distill {self.config.preset} "
-            f"--out {self.run.path} --resume"
-        )
+        kept = f"checkpoint {written}; continue" if written else "no checkpoint was written; start"
+        return f"{kept} with: mfd-fast distill {self.config.preset} --out {self.run.path} --resume"
 
     def say(self, sentence: str) -> None:
         if self.ranks.is_main:
@@ -236,12 +285,25 @@ def distiller_of(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
     )
 
 
-def open_run(folder: str | Path) -> tuple[RunFolder, Task]:
-    """A finished run and its task; ``ValueError`` says what is missing."""
+def open_run(
+    folder: str | Path, located: Callable[[RunConfig], RunConfig] = lambda config: config
+) -> tuple[RunFolder, Task]:
+    """A finished run and its task; ``ValueError`` says what is missing.
+
+    located: gives the run's config the places where its files lie now.  A teacher that moved is
+        compared with the one that the run's checkpoint knows.
+    """
     run = RunFolder.open(folder)
     if not (run / STUDENT).is_file():
-        raise ValueError(f"{run.path} has no {STUDENT}: the run did not finish; distil again")
-    return run, make_task(run.config)
+        raise ValueError(
+            f"{run.path} has no {STUDENT}: the run did not finish; continue it with mfd-fast "
+            f"distill {run.config.preset} --out {run.path} --resume"
+        )
+    config = located(run.config)
+    task = make_task(config)
+    if config != run.config:
+        check_teacher(run / CHECKPOINTS, task.backbone())
+    return run, task
 
 
 def _show(bar: tqdm, row: dict[str, Any]) -> None:

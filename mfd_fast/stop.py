@@ -2,10 +2,12 @@
 
 import os
 import signal
+import stat
 from types import FrameType, TracebackType
 
-# Ctrl-C; kill and torchrun and SLURM at the end of a job; SLURM's notice before it (--signal=USR1).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C; kill and torchrun and SLURM at the end of a job; SLURM's notice before it (--signal=USR1);
+# the terminal was closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -30,6 +32,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         try:
             for signum in SIGNALS:
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue  # nohup
                 self._before[signum] = signal.signal(signum, self._receive)
         except ValueError:  # not the main thread
             self._before = {}
@@ -47,4 +51,16 @@ class StopSignal:
         self.signum = signum
         name = signal.Signals(signum).name
         note = f"\nmfd-fast: {name}; finishing this update, then a checkpoint\n"
-        os.write(2, note.encode())  # a stream may be in the middle of a write of its own
+        try:
+            os.write(2, note.encode())  # a stream may be in the middle of a write of its own
+        except OSError:
+            _leave_terminal()
+
+
+def _leave_terminal() -> None:
+    """Send what would go to a terminal that is gone nowhere: a failing print must not end a run."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

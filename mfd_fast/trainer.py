@@ -37,25 +37,25 @@ class Progress:
             student_updates=config.student_updates,
         )
 
-    def share(self, ranks: Ranks) -> None:
-        """Give every rank the means over ranks: rank 0 alone writes them to a checkpoint."""
-        self.metrics = ranks.mean_tensors(self.metrics)
-        self.monitors.sums = ranks.mean_tensors(self.monitors.sums)
+    def live_state(self, ranks: Ranks) -> dict[str, Any]:
+        """The tensors themselves, which the next update changes, of all ranks: a collective call.
 
-    def live_state(self) -> dict[str, Any]:
-        """The tensors themselves, which the next update changes."""
+        Rank 0 alone writes them to a checkpoint.
+        """
+        monitors = self.monitors.live_state()
         return {
-            "metrics": dict(self.metrics),
+            "metrics": ranks.of_all(dict(self.metrics)),
             "seconds": self.seconds,
-            "monitors": self.monitors.live_state(),
+            "monitors": monitors | {"sums": ranks.of_all(monitors["sums"])},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
         """Continue from :meth:`live_state`, or a copy of it."""
         device = self.monitors.device
-        self.metrics = {name: value.to(device) for name, value in state["metrics"].items()}
+        metrics, sums = ranks.own(state["metrics"]), ranks.own(state["monitors"]["sums"])
+        self.metrics = {name: value.to(device) for name, value in metrics.items()}
         self.seconds = state["seconds"]
-        self.monitors.load_state_dict(state["monitors"])
+        self.monitors.load_state_dict(state["monitors"] | {"sums": sums})
 
 
 def train(
@@ -143,13 +143,14 @@ class _Loop:
         return role
 
     def _cond(self, next_cond: Callable[[int], Any], number: int) -> Any:
-        """The condition; if its file has vanished, what was learnt is saved first.
+        """The condition; if there is none (its file has vanished, a prompt is too long), what was
+        learnt is saved first.
 
         Of several ranks one may fail alone: the others would wait for it, so none saves.
         """
         try:
             return next_cond(number)
-        except OSError:
+        except Exception:
             if self.distiller.ranks.world == 1:
                 self.checkpoint(wait=True)
             raise
@@ -178,9 +179,9 @@ class _Loop:
         if self.checkpointer is None:
             return
         self.progress.seconds = self.seconds_before + time.perf_counter() - self.started
-        self.progress.share(self.distiller.ranks)
         counts = Counts(self.done, self.distiller.num_updates["aux"])
-        state = {"distiller": self.distiller.live_state(), "progress": self.progress.live_state()}
+        progress = self.progress.live_state(self.distiller.ranks)
+        state = {"distiller": self.distiller.live_state(), "progress": progress}
         self.checkpointer.save(counts, state)
         if wait:
             self.checkpointer.wait()

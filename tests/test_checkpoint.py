@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import assert_same, largest_file, make_checkpointer, make_distiller, next_cond
 
-from mfd_fast import checkpoint, checkpointer
+from mfd_fast import checkpoint, checkpointer, files
 from mfd_fast.checkpoint import Counts, DamagedCheckpointError, checkpoints_in, latest_good, read
 from mfd_fast.config import TrainConfig
 
@@ -182,7 +182,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path):
     with largest_file(10_000):
         saver.save(Counts(2, 2), state)
         saver.wait()
-    assert len(told) == 1 and "File too large. The run goes on and tries again" in told[0]
+    assert len(told) == 1 and "File too large. It is tried again at the next" in told[0]
     assert [path.name for path in tmp_path.iterdir()] == [str(Counts(1, 1))]  # nothing half
     assert torch.equal(read(tmp_path / str(Counts(1, 1)))["value"], state["value"])
     saver.save(Counts(3, 3), state)
@@ -195,7 +195,7 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     for name in (".writing-student-000009-aux-000009-ab", ".removing-student-000001-aux-000001"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{")
-    checkpoint.clean(tmp_path)
+    files.clean(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -97,3 +97,18 @@ def test_replayed_updates_of_16_bit_copies_equal_eager_ones():
     captured = make(network, partial(CapturedDistiller, graph=RecordedGraph))
     for cond in conds(16):
         assert_same(eager.step(cond), captured.step(cond))
+
+
+def test_the_student_on_its_own_holds_no_masters():
+    """What is loaded into the copy does not reach the run, and the run trains on."""
+    torch.manual_seed(2)
+    distiller = make(Plain().to(torch.bfloat16))
+    for cond in conds(4):
+        distiller.step(cond)
+    before = distiller.state_dict()
+    student = distiller.student_network()
+    trained = distiller.backbone.student.state_dict()
+    assert_same(dict(student.state_dict()), dict(trained))
+    student.load_state_dict({name: torch.zeros_like(x) for name, x in trained.items()})
+    assert not any(parameter.any() for parameter in student.parameters())
+    assert_same(distiller.state_dict(), before)

@@ -225,3 +225,25 @@ def test_what_cannot_be_shared_out_is_refused():
         Ranks(0, 3).check_batch(9, 2)
     with pytest.raises(ValueError, match="fsdp needs full copies of the network"):
         shard_copies(torch.nn.Linear(1, 1))
+
+
+def test_a_sharded_run_ends_with_its_table_and_pictures(tmp_path):
+    """The teacher was sharded, too: the one process that evaluates needs a whole one."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = ["--nproc-per-node", "2", "-m", "mfd_fast", "distill", "digits", "--out", str(tmp_path)]
+    small = ["--train.updates", "1", "--train.batch-size", "2", "--distill.aux-updates", "1"]
+    argv = [*launcher, *run, *small, "--train.shard", "fsdp", "--num-eval-samples", "4"]
+    subprocess.run(argv, env=ENV, check=True, timeout=300)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"student.safetensors", "results.json", "samples_grid.png"} <= names
+
+
+@pytest.mark.parametrize(("world", "expected"), [(2, [2.0, 5.0]), (3, [3.5, 3.5, 3.5])])
+def test_every_rank_continues_with_its_own_sums(world, expected):
+    """Another number of ranks takes their mean; a run alone kept a number and no list."""
+    saved = {"aux_loss_sum": torch.tensor([2.0, 5.0])}
+    got = [float(Ranks(rank, world).own(saved)["aux_loss_sum"]) for rank in range(world)]
+    assert got == expected
+    assert Ranks().own({"x": torch.tensor(4.0)}) == {"x": 4.0}

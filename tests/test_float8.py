@@ -12,6 +12,7 @@ from mfd_fast.float8 import (
     Float8Products,
     Rows,
     check_device,
+    described,
     product,
     reference_product,
     use_float8,
@@ -144,6 +145,15 @@ def test_the_error_of_an_integrated_linear_velocity_stays_within_its_bound():
     for role in ("teacher", "auxiliary"):
         assert 0 < errors[role] < bound
     assert errors["teacher"] == pytest.approx(((x8 - x).norm() / (start - x).norm()).item())
+
+
+def test_the_sentence_of_a_start_costs_two_evaluations():
+    distiller, calls = linear_distiller(), []
+    distiller.backbone.network.register_forward_hook(lambda *_: calls.append(1))
+    assert "of the velocity at the noise, the first step: teacher" in described(
+        distiller, torch.zeros(1, 1)
+    )
+    assert len(calls) == 2
 
 
 def test_layers_with_a_row_per_sample_and_narrow_ones_are_left_alone():

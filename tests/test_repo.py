@@ -47,6 +47,7 @@ LAYERS = [
         "kernels",
         "config",
         "environment",
+        "files",
         "objective_settings",
         "stop",
         "plain_files",

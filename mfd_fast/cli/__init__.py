@@ -1,7 +1,8 @@
 """The command line ``mfd-fast COMMAND``: one function a command, imported when it is typed.
 
 Exit codes: 0 done; 2 the request was wrong (one sentence on stderr, nothing overwritten); 128 + the
-signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1.
+signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1,
+129 SIGHUP.
 """
 
 import sys
@@ -23,13 +24,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("mfd_fast.cli.report:report", "RUN [RUN ...] [--out FILE.html]"),
     "sample": (
         "mfd_fast.cli.run:sample",
-        "RUN [--out FILE.png] [--num N] [--seed S] [--prompt TEXT ...]",
+        "RUN [--out FILE.png] [--num N] [--seed S] [--prompt TEXT ...] [--teacher PATH]",
     ),
     "evaluate": (
         "mfd_fast.cli.run:evaluate",
-        "RUN [--num-samples N] [--scores NAME=MODEL[:FILE],... [--prompts FILE]]",
+        "RUN [--num-samples N] [--scores NAME=MODEL[:FILE],... [--prompts FILE]] [--teacher PATH]",
     ),
-    "export": ("mfd_fast.cli.export:export", "RUN --out FOLDER"),
+    "export": ("mfd_fast.cli.export:export", "RUN --out FOLDER [--teacher PATH]"),
     "pretrain": (
         "mfd_fast.cli.pretrain:pretrain",
         "digits|occfm-vae|occfm|cifar10 [--out FOLDER] [--KEY VALUE ...]",

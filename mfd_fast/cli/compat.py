@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.config import from_dict, nearest, to_dict
+from mfd_fast.config import nearest, with_settings
 from mfd_fast.presets import preset
+from mfd_fast.run_folder import CHECKPOINTS
 
 PRESET = "sana-1.6b-official"
 NO_IMAGES = "MFD learns from prompts alone, no images are read"
@@ -94,24 +95,41 @@ def compat(argv: list[str]) -> None:
     config = apply_settings(request)
     if not request.out:
         raise ValueError("--output_dir is missing: the run folder to make")
+    out = Path(request.out)
+    resume = checkpoint_to_resume(out, request.resume)
     from mfd_fast.runner import run_distillation
 
-    run_distillation(config, Path(request.out))
+    run_distillation(config, out, resume=resume)
+
+
+def checkpoint_to_resume(out: Path, wanted: str) -> str | None:
+    """What ``--resume_from_checkpoint`` means, as ``run_distillation`` takes it.
+
+    As in the official script: ``latest``, or the name of a checkpoint of ``--output_dir`` with or
+    without its folder; one of another folder is a ``ValueError``.
+    """
+    if not wanted:
+        return None
+    if wanted == "latest":
+        return ""
+    folder = out / CHECKPOINTS
+    path = Path(wanted) if Path(wanted).is_dir() else folder / wanted
+    if not (folder.is_dir() and path.is_dir() and path.parent.samefile(folder)):
+        raise ValueError(
+            f"--resume_from_checkpoint takes latest, or a checkpoint in {folder} (a run continues "
+            f"in its own --output_dir); got {wanted}"
+        )
+    return str(path)
 
 
 def apply_settings(request: Request) -> Any:
     """The official preset with the request's settings."""
-    tree = to_dict(preset(PRESET))
-    for key, value in request.settings.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[name] = value
-    if request.steps is not None:
-        aux, student = tree["distill"]["aux_updates"], tree["distill"]["student_updates"]
-        tree["train"]["updates"] = max(1, request.steps * student // (aux + student))
-    return from_dict(type(preset(PRESET)), tree)
+    config = with_settings(preset(PRESET), request.settings)
+    if request.steps is None:
+        return config
+    aux, student = config.distill.aux_updates, config.distill.student_updates
+    updates = max(1, request.steps * student // (aux + student))
+    return with_settings(config, {"train.updates": updates})
 
 
 def read_flags(argv: list[str]) -> Request:

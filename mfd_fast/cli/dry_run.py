@@ -9,6 +9,7 @@ from mfd_fast.config import RunConfig
 from mfd_fast.report.plan import device_of, plan_of, show, trained_of
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "peft")
+SCRATCH = (64, 64)  # of a parameter large enough that its moments are kept in 8 bits
 
 
 def dry_run(config: RunConfig, out: Path) -> None:
@@ -16,12 +17,16 @@ def dry_run(config: RunConfig, out: Path) -> None:
 
     ``ValueError`` or ``OSError`` as the run itself would raise it.
     """
+    import torch
+
     from mfd_fast.cost import devices
     from mfd_fast.cost.estimate import estimate
     from mfd_fast.cost.measured import efficiency_here
     from mfd_fast.cost.table import text
     from mfd_fast.maker import run_is_captured
+    from mfd_fast.objectives import make_objective
     from mfd_fast.report.trackers import check_tracker
+    from mfd_fast.resume import check_optimizers
     from mfd_fast.tasks import make_task
     from mfd_fast.tasks.meta import meta_model
 
@@ -29,6 +34,10 @@ def dry_run(config: RunConfig, out: Path) -> None:
     check_tracker(config.train.report_to)
     task = make_task(config)
     found = task.check()
+    for remark in task.remarks(config.num_eval_samples):
+        found["note"] = remark
+    scratch = torch.zeros(SCRATCH, device=task.device)
+    check_optimizers(config.distill, dict.fromkeys(make_objective(config.distill).roles, scratch))
     model = meta_model(config)
     rows = {"device": device_of(task.device), **plan_of(config, out, task.device), **found}
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}

@@ -8,8 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.config import DistillConfig, RunConfig, from_dict, nearest, to_dict
-from mfd_fast.presets import preset, with_file, with_memory
+from mfd_fast.cli.numbers import count
+from mfd_fast.config import (
+    DistillConfig,
+    RunConfig,
+    from_dict,
+    nearest,
+    to_dict,
+    with_absolute_paths,
+)
+from mfd_fast.presets import PRESETS, preset, with_file, with_memory
+
+DEVICE = "--train.device"
 
 
 def positional(argv: list[str], command: str, name: str) -> tuple[str, list[str]]:
@@ -59,10 +69,10 @@ def no_more(rest: list[str], known: tuple[str, ...] = ()) -> None:
 
 def preset_config(name: str, argv: list[str], command: str) -> RunConfig:
     """A preset, then ``--memory-profile``, ``--config``, ``--objective`` and settings over it."""
-    own, rest = options(argv, config="", objective="", memory_profile=0)
+    own, rest = options(argv, config="", objective="", memory_profile=None)
     base = preset(name)
-    if own.memory_profile:
-        base = with_memory(base, own.memory_profile)
+    if gigabytes := count("--memory-profile", own.memory_profile, "the GB of the card", 24):
+        base = with_memory(base, gigabytes)
     if own.config:
         base = with_file(base, Path(own.config))
     if own.objective:
@@ -73,6 +83,26 @@ def preset_config(name: str, argv: list[str], command: str) -> RunConfig:
     if config.preset != name:
         raise ValueError(f"the preset is named once: {name!r}; drop --preset {config.preset}")
     return config
+
+
+def check_places(argv: list[str], command: str, own: tuple[str, ...]) -> None:
+    """``ValueError`` for an option that neither is one of a command's ``own`` nor says where files
+    of some run lie now.
+    """
+    flags = {f"--{key.replace('_', '-')}" for c in PRESETS.values() for key in c.PATHS}
+    known = (*own, *sorted(flags), DEVICE)
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if word.startswith("-") and flag not in known:
+            raise ValueError(
+                f"unknown option {word!r}; mfd-fast {command} takes {', '.join(known)}"
+                f"{nearest(flag, known)}"
+            )
+
+
+def moved_files(config: RunConfig, argv: list[str], command: str) -> RunConfig:
+    """The config of a finished run with the places where its files lie now, and its device."""
+    return with_absolute_paths(parse_config(config, argv, f"mfd-fast {command} RUN"))
 
 
 def _long_name(word: str, short: dict[str, str]) -> str:

@@ -1,8 +1,10 @@
 """``mfd-fast distill | sample | evaluate``: the life of a run."""
 
+import sys
 from pathlib import Path
 
-from mfd_fast.cli.options import no_more, options, positional, preset_config
+from mfd_fast.cli.numbers import count
+from mfd_fast.cli.options import check_places, moved_files, options, positional, preset_config
 from mfd_fast.config import RunConfig
 from mfd_fast.presets import SanaRun, load_config
 
@@ -29,31 +31,33 @@ def distill(argv: list[str]) -> None:
 def sample(argv: list[str]) -> None:
     """Pictures of a run's student."""
     folder, rest = positional(argv, "sample", "RUN")
-    own, rest = options(rest, out="", num=0, seed=0, prompt=())
-    no_more(rest, ("--out", "--num", "--seed", "--prompt"))
-    if own.num < 0:
-        raise ValueError(f"--num must be >= 1, got {own.num}")
+    own, rest = options(rest, out="", num=None, seed=0, prompt=())
+    check_places(rest, "sample", ("--out", "--num", "--seed", "--prompt"))
+    num = count("--num", own.num, "the number of samples", 8)
     from mfd_fast.runner import open_run
 
-    run, task = open_run(folder)
+    run, task = open_run(folder, lambda config: moved_files(config, rest, "sample"))
     path = Path(own.out or run / "samples.png")
     if path.exists():
         raise ValueError(f"{path} exists; choose another file with --out")
-    task.sample(run, path, num=own.num, seed=own.seed, prompts=own.prompt)
+    task.sample(run, path, num=num, seed=own.seed, prompts=own.prompt)
     print(path)
 
 
 def evaluate(argv: list[str]) -> None:
     """Repeat a run's result table, with scores of its images if their models are named."""
     folder, rest = positional(argv, "evaluate", "RUN")
-    own, rest = options(rest, num_samples=0, scores="", prompts="")
-    no_more(rest, ("--num-samples", "--scores", "--prompts"))
+    own, rest = options(rest, num_samples=None, scores="", prompts="")
+    check_places(rest, "evaluate", ("--num-samples", "--scores", "--prompts"))
+    num_samples = count("--num-samples", own.num_samples, "the samples of a row", 2000)
     if own.prompts and not own.scores:
         raise ValueError("--prompts names the file that --scores reads; type both, or neither")
     from mfd_fast.runner import open_run
 
-    run, task = open_run(folder)
-    num_samples = own.num_samples or run.config.num_eval_samples
+    run, task = open_run(folder, lambda config: moved_files(config, rest, "evaluate"))
+    num_samples = num_samples or run.config.num_eval_samples
+    for remark in task.remarks(num_samples):
+        print(f"mfd-fast evaluate: {remark}", file=sys.stderr)
     if own.scores:
         rows = task.evaluate(run, num_samples, score_sources(run.config, own.scores), own.prompts)
     else:

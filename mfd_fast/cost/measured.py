@@ -72,6 +72,16 @@ def efficiency_here(
     return known or (device, calibrate(device))
 
 
+def uncalibrated(used: Efficiency) -> str:
+    """What an estimate adds where measurements could not be looked up: a package has none."""
+    if used.phases or RESULTS.is_dir():
+        return ""
+    return (
+        "; uncalibrated: the measured updates that correct an estimate, bench/results, are in the "
+        "repository and not in an installed package"
+    )
+
+
 def _results(device: Device, preset: str) -> list[tuple[Path, dict[str, Any]]]:
     """Results of whole updates on the device, the preset's own first, then the one that does most.
 

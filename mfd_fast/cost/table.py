@@ -3,6 +3,7 @@
 from mfd_fast.cost.cycle import is_interval
 from mfd_fast.cost.devices import Efficiency
 from mfd_fast.cost.estimate import Estimate, Profile
+from mfd_fast.cost.measured import uncalibrated
 from mfd_fast.cost.operators import FAMILIES
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -24,7 +25,7 @@ def _device(run: Estimate) -> str:
             f"{together if run.gpus > 1 else ''}",
             f"rates       {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
             f"float32, {device.bandwidth / 1e9:.4g} GB/s ({device.source})",
-            f"efficiency  {_efficiency(used)} ({used.source})",
+            f"efficiency  {_efficiency(used)} ({used.source}{uncalibrated(used)})",
         ]
     )
 

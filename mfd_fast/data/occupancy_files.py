@@ -6,7 +6,6 @@ DATA/nusc_latent_vae/<size>/nus_sem_occ_{training,validation}.pkl  latents of a 
 """
 
 import math
-import os
 import pickle
 import reprlib
 import zipfile
@@ -19,6 +18,7 @@ import numpy as np
 
 from mfd_fast.data.occupancy import CLASSES, SPLITS
 from mfd_fast.data.plain_pickle import load_plain_pickle
+from mfd_fast.files import written
 
 # zipfile's for a method or a flag that it does not know is the last one.
 NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, RuntimeError)
@@ -255,8 +255,5 @@ def write_latents(
 
 
 def _write_pickle(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with written(path) as partial, partial.open("wb") as file:
         pickle.dump(value, file, protocol=4)
-    os.replace(partial, path)

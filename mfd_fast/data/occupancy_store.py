@@ -10,8 +10,6 @@ Frames lie scene by scene in order of time, so a window is one slice of every ar
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mfd_fast.data.occupancy_files import (
     read_labels,
     read_latents,
 )
+from mfd_fast.files import clean, written
 from mfd_fast.plain_files import read_json
 
 FORMAT = 1
@@ -63,6 +62,12 @@ class OccupancyStore:
     @property
     def num_frames(self) -> int:
         return sum(count for _, count in self.scenes)
+
+    @property
+    def digest(self) -> str:
+        """The same for the same frames, wherever they lie."""
+        index = json.dumps([self.scenes, self._expected], sort_keys=True)
+        return hashlib.sha256(index.encode()).hexdigest()
 
     def array(self, name: str) -> np.ndarray:
         """One array; ``ValueError`` if the store was made without it."""
@@ -165,10 +170,9 @@ def convert_split(
         raise FileNotFoundError(
             f"expected labels in {data / 'nuscenes' / 'gts'} or latents at {cache}, found neither"
         )
-    partial = target.with_name(f".{split}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    clean(target.parent)
+    with written(target) as partial:
+        partial.mkdir()
         arrays = {"trajectories": _write(partial, "trajectories", (f.displacement for f in frames),
                                          len(frames))}  # fmt: skip
         if has_labels:
@@ -179,10 +183,6 @@ def convert_split(
             arrays["latents"] = _write(partial, "latents", rows, len(frames))
         index = {"format": FORMAT, "scenes": _runs(frames), "arrays": arrays}
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return OccupancyStore(target)
 
 

@@ -43,6 +43,7 @@ class DinoFeatures:
         self._prepare = ImageProcessor(folder)
         config = read_config(folder, ("dinov2", "dinov2_with_registers"))
         self._network = load_network("AutoModel", config, folder)
+        self.size = int(self._network.config.hidden_size)
 
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)
@@ -64,6 +65,8 @@ class InceptionFeatures:
         FileNotFoundError: there is no such file.
         ValueError: it holds other weights.
     """
+
+    size = 2048
 
     def __init__(self, file: str | Path, *, device: torch.device | str = "cpu"):
         try:
@@ -96,6 +99,27 @@ FEATURES: dict[str, Callable[..., Features]] = {
     "inception": InceptionFeatures,
 }
 """Name -> what loads the features: ``FEATURES[name](model_or_file, device=...)``."""
+
+
+def few_samples(num: int, size: int, k: int = 3) -> list[str]:
+    """What ``num`` samples with features of ``size`` numbers cannot tell: nothing, or a sentence.
+
+    A covariance of N samples has rank N - 1 at most, so with N <= size the Frechet distance
+    compares two that are singular; and balls that reach the k-th of a few neighbours cover
+    everything.  ``ValueError`` if there is no k-th neighbour.
+    """
+    if num <= k:
+        raise ValueError(
+            f"num_eval_samples must be above {k}, for precision and recall look at the {k} nearest "
+            f"neighbours; got {num}"
+        )
+    if num > size:
+        return []
+    return [
+        f"{num} samples are fewer than the {size} numbers of a feature: the Frechet distances are "
+        "mostly noise, and recall near 1 means nothing; compare with --num-eval-samples "
+        f"{10 * size} (mfd-fast evaluate RUN --num-samples {10 * size})"
+    ]
 
 
 def distribution_scores(reference: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:

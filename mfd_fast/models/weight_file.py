@@ -5,7 +5,6 @@ give the same bytes.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from mfd_fast.files import written
 from mfd_fast.plain_files import parse_json
 
 HEADER_KEY = "mfd_fast"
@@ -40,12 +40,10 @@ def save_weights(
         metadata: anything else worth keeping, as JSON values.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"kind": kind, "config": dict(config), "metadata": dict(metadata)}
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))
-    os.replace(partial, path)
+    with written(path) as partial:
+        partial.write_bytes(save(tensors, {HEADER_KEY: json.dumps(header, sort_keys=True)}))
 
 
 def load_weights(

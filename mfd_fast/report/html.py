@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.config import to_dict
+from mfd_fast.files import write_text
 from mfd_fast.report.pictures import GRID, INK, new_figure, smoothed
 from mfd_fast.run_folder import RESULTS, RunFolder
 
@@ -69,9 +70,8 @@ def write_report(runs: Sequence[RunFolder], path: str | Path) -> Path:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    write_text(path, page)
+    return Path(path)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfd_fast.files import written
+
 LABEL_HEIGHT = 28  # pixels of a line of text
 FONT_SIZE = 16
 GAP = 8
@@ -54,8 +56,8 @@ def image_rows(
     for column, caption in enumerate(captions[:columns]):
         at = (GAP + column * (cell[0] + GAP), page.height - LABEL_HEIGHT + 4)
         draw.text(at, _cut(caption, cell[0], draw, font), FAINT, font=font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
+    with written(path) as partial:
+        page.save(partial)
 
 
 def _cut(text: str, width: int, draw: Any, font: Any) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from mfd_fast.data.occupancy import FRAME_SECONDS
+from mfd_fast.files import written
 from mfd_fast.report.birds_eye import COLOURS, birds_eye_view, shown_classes
 from mfd_fast.report.pictures import INK, new_figure, write_png
 
@@ -65,14 +66,14 @@ def forecast_animation(rows: Mapping[str, Tensor], path: str | Path) -> None:
     for i in range(frames):
         picture = Image.fromarray(_panels(grids, i))
         pictures.append(picture.quantize(dither=Image.Dither.NONE))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(
-        path,
-        save_all=True,
-        append_images=pictures[1:],
-        duration=int(1000 * FRAME_SECONDS),
-        loop=0,
-    )
+    with written(path) as partial:
+        pictures[0].save(
+            partial,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=int(1000 * FRAME_SECONDS),
+            loop=0,
+        )
 
 
 def _panels(grids: dict[str, np.ndarray], frame: int) -> np.ndarray:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfd_fast.files import written
+
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -160,5 +162,5 @@ def plain_axis(axis: Any) -> None:
 
 def write_png(figure: Figure, path: str | Path) -> None:
     """Write the figure; its folder is made if it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written(path) as partial:
+        figure.savefig(partial)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mfd_fast.config import ObjectiveName, RunConfig
+from mfd_fast.files import write_text
 from mfd_fast.studies.digits_runs import (
     digits_config,
     distil,
@@ -100,7 +101,7 @@ def result_of(run: Run, folder: Path, updates: int) -> dict[str, float]:
         return json.loads(path.read_text())
     numbers = measured(distil(run.config(updates))[0], NUM_SAMPLES)
     result = {key: numbers[key] for key in KEYS}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mfd_fast.config import nearest
 from mfd_fast.environment import environment
+from mfd_fast.files import write_text
 from mfd_fast.studies import STUDIES
 from mfd_fast.studies.verdict import Verdict
 
@@ -52,7 +53,7 @@ def run_study(name: str, folder: Path, *, seed: int = 0) -> Verdict:
     figures = study.run(seed, folder)
     study.draw(figures, path.with_suffix(".png"))
     document = {"study": name, **environment("cpu"), "seed": seed, "figures": figures}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_text(path, json.dumps(document, indent=1) + "\n")
     return study.judge(figures)
 
 
@@ -78,7 +79,7 @@ def write_report(folder: Path, path: Path) -> None:
     rows += [f"| - | {claim} | not testable here: {why} |" for claim, why in NOT_TESTABLE]
     table = ["| study | the paper's claim | here |", "|---|---|---|", *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([HEADER, *table, "", *sections]))
+    write_text(path, "\n".join([HEADER, *table, "", *sections]))
 
 
 def _capitalised(sentence: str) -> str:

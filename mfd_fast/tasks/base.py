@@ -1,6 +1,7 @@
 """The interface between the command line and a concrete model."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,20 @@ from mfd_fast.flow import Schedule
 from mfd_fast.run_folder import RunFolder
 
 
+def pictures(*needs: Callable[[], Any]) -> dict[str, str]:
+    """The row of :meth:`Task.check` about pictures: none if all that they need is there.
+
+    Pictures are not what a run is for: what they lack is told at its start, and does not stop it.
+    """
+    try:
+        import_module("mfd_fast.report.pictures")
+        for need in needs:
+            need()
+    except (ImportError, OSError, ValueError) as error:
+        return {"pictures": f"none will be drawn: {error}"}
+    return {}
+
+
 class Task(Protocol):
     """One preset: built from its RunConfig; loading a bad file is a ``ValueError`` or
     ``OSError``.
@@ -20,10 +35,19 @@ class Task(Protocol):
     device: torch.device
 
     def check(self) -> dict[str, str]:
-        """Look at every file the run needs without loading weights; what was found, by name.
+        """Look at every file and package that the run needs until its end, without loading weights;
+        what was found, by name.
 
-        ``ValueError`` or ``OSError`` as the run would raise it.
+        ``ValueError``, ``OSError`` or ``ImportError`` as the run would raise it.
         """
+        ...
+
+    def data(self) -> str:
+        """A checksum of what the conditions are made from, wherever it lies; empty: packaged."""
+        ...
+
+    def remarks(self, num_samples: int) -> list[str]:
+        """What a result table of so few samples cannot tell."""
         ...
 
     def backbone(self) -> Backbone:

@@ -1,6 +1,8 @@
 """The ``cifar10`` preset: an unconditional UNet teacher, distilled into few steps (paper D.1)."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Generator, Tensor
 from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.data.cifar10 import load_cifar10, to_unit_range
 from mfd_fast.distiller import Distiller
-from mfd_fast.metrics.fid import FEATURES, distribution_scores
+from mfd_fast.metrics.fid import FEATURES, distribution_scores, few_samples
 from mfd_fast.models.second_time import with_second_time
 from mfd_fast.models.unet import load_unet, save_unet
 from mfd_fast.objectives import make_objective
@@ -18,6 +20,7 @@ from mfd_fast.objectives.sampling import StudentSampler
 from mfd_fast.presets import Cifar10Run
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.solvers import to_device
+from mfd_fast.tasks.base import pictures
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.digits import SEED_STRIDE
 from mfd_fast.tasks.digits_eval import DiTSampler, Sampler, draw_images, sampler_name
@@ -58,9 +61,19 @@ class Cifar10Task:
     def check(self) -> dict[str, str]:
         size = sum(parameter.numel() for parameter in self.teacher.parameters())
         found = {"teacher": f"{self.config.teacher}, {size:,} numbers"}
-        if self._uses_data():
+        if self._uses_data() or self.config.cifar10.features != "none":
             found["data"] = f"{self.config.cifar10.data}, {len(self._images())} images"
-        return found
+        if self.config.cifar10.features != "none":
+            found["features"] = f"{self.config.cifar10.features}, {self._features.size} numbers"
+        return found | pictures()
+
+    def data(self) -> str:
+        return blake2b(self._images().numpy().data).hexdigest() if self._uses_data() else ""
+
+    def remarks(self, num_samples: int) -> list[str]:
+        if self.config.cifar10.features == "none":
+            return []
+        return few_samples(num_samples, self._features.size)
 
     def backbone(self) -> CopiedBackbone:
         takes_second_time = make_objective(self.config.distill).second_time
@@ -103,7 +116,7 @@ class Cifar10Task:
         settings = self.config.cifar10
         features = reference = None
         if settings.features != "none":
-            features = FEATURES[settings.features](settings.features_model, device=self.device)
+            features = self._features
             reference = features(self._images())
         noise, cond = self._noise(num_samples, EVALUATION_SEED)
         rows = []
@@ -139,6 +152,11 @@ class Cifar10Task:
 
     def export(self, run: RunFolder, out: Path) -> Path:
         raise ValueError(f"{run / STUDENT} is a full checkpoint already; copy it")
+
+    @cached_property
+    def _features(self) -> Any:
+        settings = self.config.cifar10
+        return FEATURES[settings.features](settings.features_model, device=self.device)
 
     def _uses_data(self) -> bool:
         return make_objective(self.config.distill).uses_data

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from mfd_fast.data.cifar10 import load_cifar10, to_unit_range
+from mfd_fast.files import write_text
 from mfd_fast.flow import sample_times
 from mfd_fast.models.unet import UNet, UNetConfig, save_unet
 from mfd_fast.ops import interpolate_with_target
@@ -74,7 +75,7 @@ def pretrain(config: Cifar10Pretrain, out: Path) -> dict[str, Any]:
 
     trained, metrics = fit(network, loss, config)
     save_unet(trained, out / TEACHER, metrics)
-    (out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 

@@ -12,14 +12,16 @@ from mfd_fast.backbone import CopiedBackbone
 from mfd_fast.config import RunConfig
 from mfd_fast.data.digits import load_digits
 from mfd_fast.distiller import Distiller
+from mfd_fast.metrics.fid import few_samples
 from mfd_fast.models.dit import load_dit, save_dit
 from mfd_fast.models.second_time import with_second_time
 from mfd_fast.objectives import make_objective
 from mfd_fast.objectives.sampling import StudentSampler
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.solvers import to_device
+from mfd_fast.tasks.base import pictures
 from mfd_fast.tasks.device import pick_device
-from mfd_fast.tasks.digits_classifier import NUM_CLASSES
+from mfd_fast.tasks.digits_classifier import NUM_CLASSES, NUM_FEATURES
 from mfd_fast.tasks.digits_eval import (
     TEACHER_STEPS,
     draw_noise,
@@ -48,7 +50,14 @@ class DigitsTask:
     def check(self) -> dict[str, str]:
         size = sum(parameter.numel() for parameter in self.teacher.parameters())
         name = self.config.teacher or "packaged with mfd-fast"
-        return {"teacher": f"{name}, {size:,} numbers"}
+        load_digits()  # what samples are compared with
+        return {"teacher": f"{name}, {size:,} numbers", **pictures()}
+
+    def data(self) -> str:
+        return ""
+
+    def remarks(self, num_samples: int) -> list[str]:
+        return few_samples(num_samples, NUM_FEATURES)
 
     def backbone(self) -> CopiedBackbone:
         shape = (self.teacher.config.channels, *(self.teacher.config.image_size,) * 2)

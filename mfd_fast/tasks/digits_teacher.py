@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mfd_fast.data.digits import load_digits
+from mfd_fast.files import write_text
 from mfd_fast.flow import sample_times
 from mfd_fast.models.dit import DiT, DiTConfig, load_dit, save_dit
 from mfd_fast.ops import interpolate_with_target
@@ -150,7 +151,7 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
     }
     save_dit(teacher, out_dir / FILES[0], {"config": asdict(config)})
     save_classifier(classifier, out_dir / FILES[1], classifier_metrics)
-    (out_dir / FILES[2]).write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(out_dir / FILES[2], json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 

@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mfd_fast.networks import names_of
 from mfd_fast.presets import OccfmRun
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.shared_backbone import SharedBackbone
+from mfd_fast.tasks.base import pictures
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.occfm_eval import (
     Forecaster,
@@ -85,12 +87,21 @@ class OccfmTask:
     def check(self) -> dict[str, str]:
         size = sum(parameter.numel() for parameter in self.teacher.parameters())
         load_vae(self.vae_file)
+        if self.settings.vae3d:
+            load_vae3d(self.settings.vae3d)
         return {
             "teacher": f"{self.teacher_file}, {size:,} numbers",
             "decoder": str(self.vae_file),
             "windows": f"{self.store}, {len(self.training):,} to train on, "
             f"{len(self._windows('validation')):,} to evaluate",
+            **pictures(partial(import_module, "PIL.Image")),
         }
+
+    def data(self) -> str:
+        return self.training.store.digest
+
+    def remarks(self, num_samples: int) -> list[str]:
+        return []
 
     def backbone(self) -> CopiedBackbone | SharedBackbone:
         shape, policy = self.teacher.config.sample_shape, self.config.train.activation

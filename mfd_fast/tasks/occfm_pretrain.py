@@ -27,6 +27,7 @@ from mfd_fast.data.occupancy import HISTORY
 from mfd_fast.data.occupancy_files import write_latents
 from mfd_fast.data.occupancy_store import OccupancyStore
 from mfd_fast.data.occupancy_windows import OccupancyBatch, OccupancyClips, OccupancyWindows
+from mfd_fast.files import write_text
 from mfd_fast.flow import sample_times
 from mfd_fast.models.occfm import CONFIGS, OccfmNetwork
 from mfd_fast.models.occfm.loading import save_occfm_transition, save_occfm_vae
@@ -241,5 +242,5 @@ def _refuse_existing(out: Path, *names: str) -> None:
 
 
 def _write_metrics(path: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(path, json.dumps(metrics, indent=1) + "\n")
     return metrics

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mfd_fast.adapters import AdapterBank
 from mfd_fast.distiller import Distiller
 from mfd_fast.flow import Schedule
 from mfd_fast.integrate import generate, guided
-from mfd_fast.models.sana.decoder import LatentDecoder
+from mfd_fast.models.sana.decoder import LatentDecoder, check_decoder
 from mfd_fast.models.sana.embeddings import TIMESTEPS
 from mfd_fast.models.sana.loading import (
     check_sana_transformer,
@@ -36,6 +36,7 @@ from mfd_fast.presets import SanaRun
 from mfd_fast.report.images import image_rows
 from mfd_fast.run_folder import STUDENT, RunFolder
 from mfd_fast.shared_backbone import SharedBackbone
+from mfd_fast.tasks.base import pictures
 from mfd_fast.tasks.device import pick_device
 from mfd_fast.tasks.sana_scores import COLUMNS as SCORE_COLUMNS
 from mfd_fast.tasks.sana_scores import SanaScores
@@ -97,7 +98,16 @@ class SanaTask:
         if self.teacher_lora is not None:
             layers = len(self.teacher_lora.factors)
             found["teacher LoRA"] = f"{self.settings.teacher_lora}, {layers} layers"
-        return found
+        decoder = partial(
+            check_decoder, self.checkpoint, revision=self._revision, variant=self._variant
+        )
+        return found | pictures(decoder, self.text.check_grid)
+
+    def data(self) -> str:
+        return self.text.digest
+
+    def remarks(self, num_samples: int) -> list[str]:
+        return []
 
     def backbone(self) -> SharedBackbone:
         network = self._network()

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from mfd_fast.data.prompts import open_prompts
-from mfd_fast.data.text_store import HEADER, TextStore
+from mfd_fast.data.text_store import HEADER, TextStore, check_fits
 from mfd_fast.models.sana.conditions import EncodedText, StoredText, TextConditions
 from mfd_fast.models.sana.text import trim_text
-from mfd_fast.models.sana.text_encoder import SanaTextEncoder, load_sana_text_encoder
+from mfd_fast.models.sana.text_encoder import (
+    SanaTextEncoder,
+    check_sana_text_encoder,
+    load_sana_text_encoder,
+)
 from mfd_fast.presets import SanaRun
 
 TINY_PROMPTS = ("a red cube", "two cats on a sofa", "a lighthouse at night, oil painting", "fog")
@@ -95,9 +99,32 @@ class SanaText:
         """What the prompts are, every line checked, the text encoder not loaded."""
         source = self._opened
         if isinstance(source, TextStore):
+            check_fits(source.longest, self.config.sana.text_length or source.longest)
             return f"{source.path}, a store of {len(source):,} encoded prompts"
+        self._check_encoder()
         where = self.config.sana.prompts or "packaged with mfd-fast"
         return f"{where}, {len(source):,} prompts, encoded while training"
+
+    def check_grid(self) -> None:
+        """What the captions of a grid need is there; raises as :meth:`grid` would."""
+        if self.config.sana.preview_prompt:
+            self._check_encoder()
+
+    @property
+    def digest(self) -> str:
+        """The same for the same prompts in the same order, in a file or a store."""
+        source = self._opened
+        if isinstance(source, TextStore):
+            return source.header["prompts"]["digest"]
+        return getattr(source, "digest", "")  # none of the packaged ones
+
+    def _check_encoder(self) -> None:
+        settings = self.config.sana
+        check_sana_text_encoder(
+            self.checkpoint,
+            revision=settings.revision or None,
+            variant=settings.variant or None,
+        )
 
     def _prompts_of(self, store: TextStore, file: str) -> Sequence[str]:
         if not file:

@@ -6,7 +6,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfd_fast.models.sana.loading import (
+    CONFIG,
+    STEM,
+    component,
+    read_checkpoint_json,
+    weight_files,
+)
+
+VAE = "vae"
 INSTALL = "decoding images needs diffusers: pip install 'mfd-fast[sana]'"
+
+
+def check_decoder(
+    folder_or_id: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> tuple[Path, str | None]:
+    """The folder of a checkpoint's decoder and the variant that it has; no weight is read.
+
+    Raises as :class:`LatentDecoder`.
+    """
+    _autoencoder()
+    folder, variant, _ = component(folder_or_id, VAE, STEM, revision=revision, variant=variant)
+    read_checkpoint_json(folder, f"{VAE}/{CONFIG}")
+    weight_files(folder / VAE, variant, STEM)
+    return folder / VAE, variant
+
+
+def _autoencoder() -> Any:
+    try:
+        from diffusers import AutoencoderDC
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    return AutoencoderDC
 
 
 class LatentDecoder:
@@ -14,12 +45,13 @@ class LatentDecoder:
 
     Args:
         folder_or_id: a diffusers pipeline's folder, or a model id of the hub.
-        revision, variant: as for ``load_sana_transformer``.
+        revision, variant: as for ``load_sana_transformer``; a decoder without the variant is taken
+            as it is.
         device: where it decodes; the weights are there only during a call.
         dtype: of the weights.
 
     Raises:
-        OSError: there is no ``vae`` in the checkpoint, by name.
+        OSError, ValueError: there is no ``vae`` in the checkpoint, by name.
         ImportError: says what to install.
     """
 
@@ -32,20 +64,11 @@ class LatentDecoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        try:
-            from diffusers import AutoencoderDC
-        except ImportError as error:
-            raise ImportError(INSTALL) from error
+        folder, variant = check_decoder(folder_or_id, revision=revision, variant=variant)
         self.device = torch.device(device)
         self.vae: Any = (
-            AutoencoderDC.from_pretrained(
-                folder_or_id,
-                subfolder="vae",
-                revision=revision,
-                variant=variant,
-                torch_dtype=dtype,
-                use_safetensors=True,
-            )
+            _autoencoder()
+            .from_pretrained(folder, variant=variant, torch_dtype=dtype, use_safetensors=True)
             .eval()
             .requires_grad_(False)
         )

@@ -156,6 +156,46 @@ def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
+def component(
+    folder_or_id: str | Path,
+    part: str,
+    stem: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    others: tuple[str, ...] = (),
+) -> tuple[Path, str | None, str | None]:
+    """Where a part of a pipeline other than the transformer lies.
+
+    Args:
+        folder_or_id, revision: as for :func:`load_sana_transformer`.
+        part: its folder in the checkpoint, and ``stem`` of its weight files.
+        variant: of the transformer; a part without it is taken as it is.
+        others: further files of a hub model to fetch.
+
+    Returns:
+        The local folder of the checkpoint, the variant that the part has, and the commit of a hub
+        model.
+    """
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision {revision!r} belongs to a model id; {folder} is a local folder"
+            )
+        return folder, variant if _has_weights(folder / part, variant, stem) else None, None
+    for choice in dict.fromkeys([variant, None]):
+        names = [f"{part}/{name}" for name in (CONFIG, *weight_patterns(choice, stem))]
+        folder = fetch(str(folder_or_id), revision, [*others, *names])
+        if _has_weights(folder / part, choice, stem):
+            return folder, choice, folder.name
+    return folder, None, folder.name
+
+
+def _has_weights(folder: Path, variant: str | None, stem: str) -> bool:
+    return any(next(folder.glob(name), None) for name in weight_patterns(variant, stem))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path)

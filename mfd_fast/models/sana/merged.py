@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from mfd_fast.files import written
 from mfd_fast.models.sana.loading import (
     CONFIG,
     STEM,
@@ -46,23 +47,18 @@ def save_merged(
     Args:
         network: with everything merged.
         config: the checkpoint's own transformer/config.json.
-        out: a folder that does not exist yet.
+        out: a folder that does not exist yet; it appears whole or not at all.
         base: the teacher's folder, or its model id on the hub, of which the rest is fetched.
         revision, variant: as for ``load_sana_transformer``.
 
     Raises:
-        ValueError: ``out`` exists, or lies in ``base``.
+        ValueError: ``out`` lies in ``base``.
         FileNotFoundError: ``base`` lacks a part that its model_index.json names.
     """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another folder with --out")
-    folder = _whole(base, revision, variant)
+    out, folder = Path(out), _whole(base, revision, variant)
     if folder.resolve() in out.resolve().parents:
         raise ValueError(f"{out} lies in the checkpoint that it copies; choose another with --out")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written(out) as partial:
         _copy_folder(folder, partial, variant)
         (partial / SUBFOLDER).mkdir()
         state = {
@@ -71,10 +67,6 @@ def save_merged(
         weights = partial / SUBFOLDER / f"{STEM}{SAFETENSORS}"
         save_file(state, weights, metadata={"format": "pt"})
         (partial / SUBFOLDER / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out / SUBFOLDER
 
 

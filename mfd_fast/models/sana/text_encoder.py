@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.models.sana.loading import (
-    CONFIG,
-    check_complete,
-    fetch,
-    weight_files,
-    weight_patterns,
-)
+from mfd_fast.models.sana.loading import CONFIG, check_complete, component, weight_files
 from mfd_fast.plain_files import read_json
 
 TOKENIZER, ENCODER, STEM = "tokenizer", "text_encoder", "model"
@@ -151,15 +145,10 @@ def load_sana_text_encoder(
         ValueError: a file that is broken or of another kind of model.
         ImportError: names the packages to install.
     """
-    try:
-        from diffusers import SanaPipeline
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            f"encoding prompts needs diffusers and transformers ({error}): "
-            "pip install 'mfd-fast[sana]'"
-        ) from None
-    folder, variant, commit = _folder(folder_or_id, revision, variant)
+    SanaPipeline, AutoTokenizer = _classes()
+    folder, variant, commit = component(
+        folder_or_id, ENCODER, STEM, revision=revision, variant=variant, others=(f"{TOKENIZER}/*",)
+    )
     files = _check_files(folder, variant)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
@@ -180,30 +169,30 @@ def load_sana_text_encoder(
     return SanaTextEncoder(pipeline, checkpoint=checkpoint, device=device, stays=stays)
 
 
-def _folder(
-    folder_or_id: str | Path, revision: str | None, variant: str | None
-) -> tuple[Path, str | None, str | None]:
-    """The local folder, the variant that its text encoder has, and the commit of a hub model."""
-    folder, commit = Path(folder_or_id), None
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"revision {revision!r} belongs to a model id; {folder} is a local folder"
-            )
-        return folder, variant if _has_weights(folder, variant) else None, None
-    for choice in dict.fromkeys([variant, None]):
-        names = [CONFIG, *weight_patterns(choice, STEM)]
-        patterns = [f"{TOKENIZER}/*", *(f"{ENCODER}/{name}" for name in names)]
-        folder = fetch(str(folder_or_id), revision, patterns)
-        commit = folder.name
-        if _has_weights(folder, choice):
-            return folder, choice, commit
-    return folder, None, commit
+def check_sana_text_encoder(
+    folder_or_id: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> list[Path]:
+    """The weight files of a checkpoint's text encoder, none read.
+
+    Raises as :func:`load_sana_text_encoder`.
+    """
+    _classes()
+    folder, variant, _ = component(
+        folder_or_id, ENCODER, STEM, revision=revision, variant=variant, others=(f"{TOKENIZER}/*",)
+    )
+    return _check_files(folder, variant)
 
 
-def _has_weights(folder: Path, variant: str | None) -> bool:
-    patterns = weight_patterns(variant, STEM)
-    return any(next((folder / ENCODER).glob(pattern), None) for pattern in patterns)
+def _classes() -> tuple[type, type]:
+    try:
+        from diffusers import SanaPipeline
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            f"encoding prompts needs diffusers and transformers ({error}): "
+            "pip install 'mfd-fast[sana]'"
+        ) from None
+    return SanaPipeline, AutoTokenizer
 
 
 def _check_files(folder: Path, variant: str | None) -> list[Path]:
