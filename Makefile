@@ -20,15 +20,15 @@ test: $(STAMP)-test  ## lint and the whole test suite; needs no GPU
 	  -m 'not slow and not gpu' -k 'not triton' $(REFERENCE_TESTS)
 
 # What is computed by operators alone, once more without the extension: a minute.
-REFERENCE_TESTS := $(wildcard $(patsubst mfd_fast/ops/%,tests/test_%,$(wildcard mfd_fast/ops/*.py))) \
-  $(patsubst %,tests/test_%.py,float64 flow solvers integrate gradients graphs distiller \
-  objective_matching objective_maps)
+REFERENCE_TESTS := $(filter-out %cuda.py %cuda_compile.py %cuda_on_host.py,$(wildcard tests/ops/*.py)) \
+  tests/flow $(patsubst %,tests/distill/test_%.py,gradients graphs distiller) \
+  $(patsubst %,tests/baselines/test_objective_%.py,matching maps)
 
 lint: $(STAMP)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
-	  'tests/cuda_host/*')
+	  'tests/support/cuda_host/*')
 
 compat-build:  ## build _C with CUDA for old and new torch, import it, test it on the oldest; no GPU
 	bash scripts/compat_build.sh $(VERSIONS)

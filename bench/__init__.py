@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# tests/numerics.py holds the tolerance rule; nothing is timed that does not meet it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+# tests/support/numerics.py holds the tolerance rule; nothing is timed that does not meet it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))

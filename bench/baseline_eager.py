@@ -4,7 +4,7 @@ The mathematics of Mean Flow Distillation (Eq. 15-20) with the settings of its p
 script, written out literally: every mean velocity is a Python loop of Euler steps, teacher and
 auxiliary are integrated one after the other, guidance concatenates the two conditions, padded text
 goes through every layer of every call, and the host reads the times and the losses.  It is the
-baseline of the benchmarks, and the reference of ``tests/test_sana_official_gradients.py``.
+baseline of the benchmarks, and the reference of ``test_sana_official_gradients.py``.
 
     python -m bench.baseline_eager --size mini          # seconds of both updates
     python -m bench.baseline_eager --size mini --published --compile
@@ -32,7 +32,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from bench.sana_sizes import SIZES, Published, Size, make_prompts, make_transformer
-from mfd_fast.distiller import no_phase
+from mfd_fast.distill.distiller import no_phase
 
 GRID = 1000
 AUX, STUDENT = "aux", "student"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.harness import measure
 from bench.record import header, write
-from mfd_fast.models.occfm.fast_decoder import FastDecoder
-from mfd_fast.models.occfm.vae import OccupancyVae
-from mfd_fast.models.occfm.vae_config import VAE_CONFIGS, VaeConfig
+from mfd_fast.models.occfm.vae.config import VAE_CONFIGS, VaeConfig
+from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
+from mfd_fast.models.occfm.vae.vae import OccupancyVae
 
 from numerics import assert_as_accurate
 

@@ -17,7 +17,8 @@ from unittest.mock import patch
 import torch
 
 from bench.record import header, write
-from mfd_fast import CopiedBackbone, DistillConfig, Distiller, objectives
+from mfd_fast import CopiedBackbone, DistillConfig, Distiller
+from mfd_fast.distill import registry as objectives
 
 IMPORT = """
 import sys, time
@@ -25,14 +26,14 @@ import torch
 start = time.perf_counter()
 import mfd_fast
 print(time.perf_counter() - start)
-print(*(m for m in sys.modules if m.startswith("mfd_fast.objectives.")))
+print(*(m for m in sys.modules if m.startswith("mfd_fast.distill.registry.")))
 """
 SETTINGS = """
 import importlib, sys, time
 import mfd_fast
-del sys.modules["mfd_fast.objective_settings"]
+del sys.modules["mfd_fast.baselines.config"]
 start = time.perf_counter()
-importlib.import_module("mfd_fast.objective_settings")
+importlib.import_module("mfd_fast.baselines.config")
 print(time.perf_counter() - start)
 """
 REPEATS, CYCLES = 15, 60

@@ -1,6 +1,6 @@
 """One student and one auxiliary update of SANA: the literal diffusers + PEFT loop against ours.
 
-Both do the same work (``tests/test_sana_official_gradients.py``): published settings, one sample,
+Both do the same work (``test_sana_official_gradients.py``): published settings, one sample,
 a fixed interval (t, r) so that both take the same number of solver steps, the same random weights,
 in one process with the same threads, taking turns.  Differences that are ours: text is prepared
 once and without its padding, the three lanes of an ODE step are one call; on a GPU the phases are
@@ -28,12 +28,12 @@ from mfd_fast import (
     SharedBackbone,
     dpm_flow_schedule,
 )
-from mfd_fast.adapters import AdapterBank
-from mfd_fast.config import OptimConfig
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.distill.config import OptimConfig
+from mfd_fast.distill.mfd import MeanFlowDistillation
+from mfd_fast.flow.solvers import SolverTable, plan
 from mfd_fast.models.sana import SanaConfig, SanaNetwork
-from mfd_fast.models.sana.text import trim_text
-from mfd_fast.objectives.mfd import MeanFlowDistillation
-from mfd_fast.solvers import SolverTable, plan
+from mfd_fast.models.sana.text.trim import trim_text
 
 INTERVAL = (670, 330)  # 17 steps of .02, the mean of uniform pairs
 AUX_TIME = 500

@@ -10,7 +10,7 @@
     prepared          our network: conditions prepared once, operators from PyTorch
     fused             the same with the compiled operators
     captured          the same as CUDA graphs; only on a GPU
-    cheap, block      less is kept for the backward (``mfd_fast.activation``)
+    cheap, block      less is kept for the backward (``mfd_fast.backbones.activation``)
     batch N           N samples an update
     ab2               a second-order solver with twice the step: half the evaluations
     fp8               products of the lanes without gradient in 8 bits; only on a GPU
@@ -52,10 +52,10 @@ from bench.step_loops import (
 )
 from mfd_fast.cost.devices import Device, Efficiency, calibrate, this_machine
 from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.profile import WAITS
 from mfd_fast.cost.trace import Trace, Work
-from mfd_fast.environment import peak_memory, peak_memory_counts
-from mfd_fast.profiling import PhaseTimer
-from mfd_fast.profiling.profile import WAITS
+from mfd_fast.distill.phases import PhaseTimer
+from mfd_fast.run.environment import peak_memory, peak_memory_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP = {"cpu": 1, "cuda": 4}  # updates after the counted one; the fourth captures its graphs

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from bench.record import header, write
-from mfd_fast.config import RunConfig
 from mfd_fast.cost import estimate, this_machine
 from mfd_fast.cost.measured import efficiency_here, measured_phases
+from mfd_fast.cost.profile import profile_cycles, summary
 from mfd_fast.cost.table import side_by_side, text
-from mfd_fast.distiller import Distiller
-from mfd_fast.maker import make_distiller, run_is_captured
-from mfd_fast.presets import SanaRun, preset
-from mfd_fast.profiling.profile import profile_cycles, summary
-from mfd_fast.tasks import make_task
-from mfd_fast.tasks.meta import meta_model, sana_model
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models.presets import SanaRun, preset
+from mfd_fast.models.shapes import meta_model, sana_model
+from mfd_fast.models.tasks import make_task
+from mfd_fast.run.config import RunConfig
+from mfd_fast.run.maker import make_distiller, run_is_captured
 
 PRESETS = ("digits", "sana-tiny", "sana-600m", "sana-1.6b")
 SLOWEST = 20  # operators in the result

@@ -2,7 +2,7 @@
 
     python -m bench.float8_error --out bench/results/float8_error_cpu.json
 
-``mfd_fast.float8.velocity_error`` (relative L2, Euler, h = .02, guidance 4.5) of a bfloat16 network
+``velocity_error`` (relative L2, Euler, h = .02, guidance 4.5) of a bfloat16 network
 with and without e4m3: the trained digits teacher, and a SANA with random weights.  ``smallest`` are
 the terms and outputs of the smallest product that is taken; the rule that pays at 1.6B takes the
 fewest of so small a network.  On a CPU the same e4m3 numbers are multiplied in float32.
@@ -18,10 +18,11 @@ import torch
 from bench import sana_mini
 from bench.record import header, write
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
-from mfd_fast.adapters import AdapterBank
-from mfd_fast.float8 import MIN_OUTPUTS, MIN_SIDE, use_float8, velocity_error
-from mfd_fast.presets import preset
-from mfd_fast.tasks.digits import DigitsTask
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.backbones.float8 import MIN_OUTPUTS, MIN_SIDE, use_float8
+from mfd_fast.distill.float8_error import velocity_error
+from mfd_fast.models.digits.task import DigitsTask
+from mfd_fast.models.presets import preset
 
 SAMPLES = 8  # of digits; of SANA one
 

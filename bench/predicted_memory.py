@@ -27,16 +27,16 @@ import torch
 
 from bench import sana_mini
 from bench.record import header, write
-from mfd_fast.backbone import CopiedBackbone
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig
+from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost import MetaModel, trace_cycle
 from mfd_fast.cost.estimate import memory_of
-from mfd_fast.distiller import Distiller
+from mfd_fast.distill.captured import CapturedDistiller
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models.digits.task import DigitsTask
 from mfd_fast.models.occfm import CONFIGS
 from mfd_fast.models.occfm.network import OccfmNetwork, null_condition
-from mfd_fast.presets import preset
-from mfd_fast.tasks.digits import DigitsTask
+from mfd_fast.models.presets import preset
 
 UPDATES = 4  # two cycles of one auxiliary and one student update
 CAPTURED_UPDATES = 12  # three warm-up updates of each role, then its graphs, then replays

@@ -20,14 +20,14 @@ import torch
 from bench import sana_mini
 from bench.record import header, write
 from bench.step_loops import SANA_SIZES, STEP, working_dtype
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig
 from mfd_fast.cost import MetaModel, this_machine, trace_cycle
 from mfd_fast.cost.estimate import cycle_seconds
 from mfd_fast.cost.measured import calibrated
-from mfd_fast.distiller import Distiller
-from mfd_fast.presets import preset
-from mfd_fast.tasks.digits import DigitsTask
+from mfd_fast.distill.captured import CapturedDistiller
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models.digits.task import DigitsTask
+from mfd_fast.models.presets import preset
 
 WARMUP = {"cpu": 1, "cuda": 5}  # updates of a role; graphs are captured in them
 

@@ -20,14 +20,15 @@ from bench.bench_sana import official_config
 from bench.record import header, write
 from bench.sana_sizes import SIZES, Published
 from bench.table4 import GPU, PRESET
-from mfd_fast.config import DistillConfig, RunConfig
 from mfd_fast.cost import device_named, trace_cycle
 from mfd_fast.cost.cycle import expected_evaluations
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import phase_seconds
 from mfd_fast.cost.trace import Trace, Work
-from mfd_fast.presets import preset
-from mfd_fast.tasks.meta import meta_model
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.models.presets import preset
+from mfd_fast.models.shapes import meta_model
+from mfd_fast.run.config import RunConfig
 
 AUX_UPDATES = 10
 SIZE = SIZES["1.6b"]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mfd_fast.environment import environment
+from mfd_fast.run.environment import environment
 
 
 def header(op: str, device: str, config: dict) -> dict:

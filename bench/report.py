@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from mfd_fast.tasks.digits_eval import COLUMNS
+from mfd_fast.models.digits.evaluate import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"

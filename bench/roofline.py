@@ -66,7 +66,7 @@ def operators(device_name: str, threads: int) -> Iterator[dict]:
 
 def draw(rows: list[dict], points: list[dict], device_name: str, path: Path) -> None:
     """The picture."""
-    from mfd_fast.report.pictures import INK, new_figure, write_png
+    from mfd_fast.pictures.grids import INK, new_figure, write_png
 
     figure = new_figure(13.0, max(4.5, 0.16 * len(points) + 1.2))
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1]})

@@ -1,14 +1,14 @@
 """SANAs with random weights for the benchmarks, for code that must run without diffusers.
 
-``bench.sana_sizes`` has the same sizes as diffusers' model (``tests/test_bench_step.py``).
+``bench.sana_sizes`` has the same sizes as diffusers' model (``tests/bench/test_bench_step.py``).
 """
 
 import torch
 
-from mfd_fast.adapters import AdapterBank
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.cost import MetaModel
 from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
-from mfd_fast.shared_backbone import SharedBackbone
 
 MINI = {
     **{"num_layers": 8, "num_attention_heads": 16, "attention_head_dim": 32},

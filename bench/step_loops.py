@@ -13,14 +13,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bench import sana_mini
-from mfd_fast.activation import apply_activation_policy
-from mfd_fast.backbone import Backbone, CopiedBackbone, Lane, Prepared
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig
+from mfd_fast.backbones.activation import apply_activation_policy
+from mfd_fast.backbones.lanes import Backbone, CopiedBackbone, Lane, Prepared
 from mfd_fast.cost.cycle import INTEGRATE, adapter_share
-from mfd_fast.distiller import Distiller
-from mfd_fast.objectives.mfd import MeanFlowDistillation
-from mfd_fast.solvers import SolverTable, plan
+from mfd_fast.distill.captured import CapturedDistiller
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.mfd import MeanFlowDistillation
+from mfd_fast.flow.solvers import SolverTable, plan
 
 INTERVAL = (0.6, 0.4)  # ten steps of .02; the SANA preset's own draws ask for 8.6 on average
 STEP = 0.02
@@ -113,7 +113,7 @@ def settings(model: str, variant: str = "fused") -> DistillConfig:
 
 def cycle_of(model: str) -> tuple[int, int]:
     """Auxiliary and student updates of a cycle of the family's preset."""
-    from mfd_fast.presets import preset
+    from mfd_fast.models.presets import preset
 
     config = preset(PRESETS[family_of(model)]).distill
     return config.aux_updates, config.student_updates
@@ -162,7 +162,7 @@ def make_loop(model: str, variant: str, device: str) -> Loop:
     make = {"digits": _digits, "sana": _sana, "occfm": _occfm}[family_of(model)]
     backbone, cond = make(model, variant, device, samples_of(model, variant))
     if options.get("float8"):
-        from mfd_fast.float8 import use_float8
+        from mfd_fast.backbones.float8 import use_float8
 
         use_float8(backbone)
     kind = CapturedDistiller if variant in _captured_variants(device) else Distiller
@@ -206,8 +206,8 @@ def _literal(model: str, variant: str, device: str) -> Loop:
 
 
 def _digits(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, Tensor]:
-    from mfd_fast.presets import preset
-    from mfd_fast.tasks.digits import DigitsTask
+    from mfd_fast.models.digits.task import DigitsTask
+    from mfd_fast.models.presets import preset
 
     config = preset("digits")
     policy = VARIANTS[variant].get("activation", "none")
@@ -227,8 +227,8 @@ def _sana(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, 
 def _diffusers(model: str, device: str, batch: int) -> tuple[Backbone, dict[str, Tensor]]:
     """Text padded to its full length."""
     from bench.sana_sizes import SIZES, make_prompts, make_transformer
-    from mfd_fast.adapters import AdapterBank
-    from mfd_fast.shared_backbone import SharedBackbone
+    from mfd_fast.backbones.adapters import AdapterBank
+    from mfd_fast.backbones.shared import SharedBackbone
 
     size, dtype = SIZES[SANA_SIZES[model]], working_dtype(device)
     (text, mask), _ = make_prompts(size, device=device, dtype=dtype)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from torch import Generator
 
-from mfd_fast.backbone import trajectory_lanes
-from mfd_fast.config import to_dict
-from mfd_fast.environment import environment
-from mfd_fast.objectives import make_objective
-from mfd_fast.presets import preset
-from mfd_fast.runner import run_distillation
+from mfd_fast.backbones.lanes import trajectory_lanes
+from mfd_fast.distill.registry import make_objective
+from mfd_fast.models.presets import preset
+from mfd_fast.run.config import to_dict
+from mfd_fast.run.environment import environment
+from mfd_fast.run.session import run_distillation
 
 VARIANTS = {
     "paper": {},

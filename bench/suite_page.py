@@ -113,7 +113,7 @@ def _html(table: Table) -> str:
 
 def draw(results: list[dict], path: Path) -> None:
     """Bars for the operators, a table for each other result, one below the other."""
-    from mfd_fast.report.pictures import new_figure, write_png
+    from mfd_fast.pictures.grids import new_figure, write_png
 
     bars = [
         (f"{result['op']}, {row['shape']} {row['dtype']}", row["speedup"])
@@ -140,7 +140,7 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 def _draw_bars(axis, bars: list[tuple[str, float]]) -> None:
-    from mfd_fast.report.pictures import INK, plain_axis
+    from mfd_fast.pictures.grids import INK, plain_axis
 
     plain_axis(axis)
     names, values = zip(*bars, strict=True)
@@ -153,7 +153,7 @@ def _draw_bars(axis, bars: list[tuple[str, float]]) -> None:
 
 
 def _draw_table(axis, table: Table) -> None:
-    from mfd_fast.report.pictures import GRID, INK
+    from mfd_fast.pictures.grids import GRID, INK
 
     axis.set_axis_off()
     axis.set_title(table.title, fontsize=10, loc="left", color=INK)

@@ -12,9 +12,9 @@ from pathlib import Path
 from bench.record import header, write
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
-from mfd_fast.maker import run_is_captured
-from mfd_fast.presets import preset
-from mfd_fast.tasks.meta import meta_model
+from mfd_fast.models.presets import preset
+from mfd_fast.models.shapes import meta_model
+from mfd_fast.run.maker import run_is_captured
 
 GPU = "rtx-pro-6000"
 PRESET = "sana-1.6b"

@@ -19,10 +19,10 @@ from bench.record import header, write
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import Estimate, cycle_seconds
-from mfd_fast.graphs import WARMUP_CALLS
-from mfd_fast.models.sana.text_encoder import MAX_LENGTH
-from mfd_fast.presets import preset
-from mfd_fast.tasks.meta import meta_model
+from mfd_fast.distill.graphs import WARMUP_CALLS
+from mfd_fast.models.presets import preset
+from mfd_fast.models.sana.text.encoder import MAX_LENGTH
+from mfd_fast.models.shapes import meta_model
 
 PRESET, GPU = "sana-1.6b", "h100"
 MULTIPLES = (8, 16, 32, 64, 100, 150, 300)

@@ -112,7 +112,7 @@ def _cell(value: float | None, scale: float, form: str) -> str:
 
 def draw(path: Path, picture: Path) -> None:
     """A result as two panels of bars, stacked by phase."""
-    from mfd_fast.report.pictures import GRID, INK, new_figure, plain_axis, write_png
+    from mfd_fast.pictures.grids import GRID, INK, new_figure, plain_axis, write_png
 
     result = json.loads(path.read_text())
     by_variant = variants(result)

@@ -1,22 +1,30 @@
 """Distil flow-matching models into one- to four-step students by Mean Flow Distillation."""
 
-from mfd_fast.adapters import AdapterBank
-from mfd_fast.backbone import AUX, STUDENT, TEACHER, TEACHER_UNCOND, Backbone, CopiedBackbone, Lane
-from mfd_fast.captured import CapturedDistiller
-from mfd_fast.config import DistillConfig, OptimConfig
-from mfd_fast.distiller import Distiller
-from mfd_fast.distributed import Ranks
-from mfd_fast.flow import (
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.backbones.lanes import (
+    AUX,
+    STUDENT,
+    TEACHER,
+    TEACHER_UNCOND,
+    Backbone,
+    CopiedBackbone,
+    Lane,
+)
+from mfd_fast.backbones.shared import SharedBackbone
+from mfd_fast.distill.captured import CapturedDistiller
+from mfd_fast.distill.config import DistillConfig, OptimConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.ranks import Ranks
+from mfd_fast.flow.integrate import generate, guided, mean_velocity
+from mfd_fast.flow.times import (
     Schedule,
     dpm_flow_schedule,
     sample_time_pairs,
     sample_times,
     shifted_schedule,
 )
-from mfd_fast.integrate import generate, guided, mean_velocity
-from mfd_fast.maker import make_distiller
 from mfd_fast.ops import interpolate, mfd_loss
-from mfd_fast.shared_backbone import SharedBackbone
+from mfd_fast.run.maker import make_distiller
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import mfd_fast.ops  # noqa: F401  (defines the operators)
-from mfd_fast._ext import build_info
+from mfd_fast.ops.extension import build_info
 
 BINDINGS = Path(__file__).resolve().parents[1] / "csrc/bindings"
 

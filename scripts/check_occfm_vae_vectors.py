@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/models/occfm"))
 
 from occfm_fill import VECTORS, fill
 from test_occfm_vae import check_decoder, check_encoder, pinned_ids, pinned_latents
 
-from mfd_fast.models.occfm.vae import OccupancyVae
-from mfd_fast.models.occfm.vae3d import OccupancyVae3d
-from mfd_fast.models.occfm.vae_config import VAE_CONFIGS
+from mfd_fast.models.occfm.vae.config import VAE_CONFIGS
+from mfd_fast.models.occfm.vae.vae import OccupancyVae
+from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
 
 CASES = [
     ("occfm_vae", "sine", OccupancyVae),

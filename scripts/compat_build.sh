@@ -38,9 +38,9 @@ build() {  # VERSION PYTHON SITE: SITE is a copy of the tree with this build ins
   PYTHONPATH=$3 "$2" scripts/check_cuda_build.py
 }
 
-tests=(tests/test_graphs.py tests/test_float64.py)  # and those of the operators
+tests=(tests/distill/test_graphs.py tests/ops/test_float64.py)  # and those of the operators
 for file in mfd_fast/ops/*.py; do
-  file=tests/test_$(basename "$file")
+  file=tests/ops/test_$(basename "$file")
   if [ -e "$file" ]; then tests+=("$file"); fi
 done
 

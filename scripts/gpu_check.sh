@@ -78,14 +78,14 @@ run() {  # NAME EXPECTED LIMIT COMMAND...: seconds it should take, and may; neve
 on="--device cuda" model=sana-1.6b preset=sana-1.6b built=$PWD/mfd_fast
 headline="literal|captured"
 cuda=(-DMFD_CUDA=ON "-DMFD_CUDA_ARCHS=$arch")
-graphs=(-m gpu tests/test_graphs.py) first=(-m gpu tests/test_float8.py)
-tests=(-m gpu tests --ignore tests/test_graphs.py --ignore tests/test_float8.py)
+graphs=(-m gpu tests/distill/test_graphs.py) first=(-m gpu tests/backbones/test_float8.py)
+tests=(-m gpu tests --ignore tests/distill/test_graphs.py --ignore tests/backbones/test_float8.py)
 kept="--repeats 3" operators=(--no-compile --only "x3.* bfloat16")
 if [ "$dry" = 1 ]; then
   on="--device cpu" model=sana-tiny preset=digits built=$work
   headline="literal|fused"
   cuda=(-DMFD_CUDA=OFF)
-  graphs=(tests/test_graphs.py) first=(tests/test_float8.py -k product) tests=(tests/test_interpolate.py)
+  graphs=(tests/distill/test_graphs.py) first=(tests/backbones/test_float8.py -k product) tests=(tests/ops/test_interpolate.py)
   kept=--smoke operators=(--smoke)
 fi
 

@@ -31,10 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import record  # noqa: E402  (the script is run by its path)
-from mfd_fast import checkpoint, cli, runner  # noqa: E402
-from mfd_fast.checkpoint import DamagedCheckpointError, checkpoints_in, read  # noqa: E402
-from mfd_fast.checkpointer import Checkpointer  # noqa: E402
-from mfd_fast.run_folder import RunFolder  # noqa: E402
+from mfd_fast import cli  # noqa: E402
+from mfd_fast.run import checkpoint  # noqa: E402
+from mfd_fast.run import session as runner  # noqa: E402
+from mfd_fast.run.checkpoint import DamagedCheckpointError, checkpoints_in, read  # noqa: E402
+from mfd_fast.run.checkpoint_writer import Checkpointer  # noqa: E402
+from mfd_fast.run.folder import RunFolder  # noqa: E402
 
 RESULTS = ROOT / "bench/results/reliability_cpu.json"
 PAGE = ROOT / "docs/reliability.md"

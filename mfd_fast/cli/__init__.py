@@ -9,9 +9,9 @@ import sys
 from importlib import import_module
 
 from mfd_fast.cli.spoken import spoken
-from mfd_fast.config import nearest
-from mfd_fast.presets import PRESETS
-from mfd_fast.stop import Stopped
+from mfd_fast.models.presets import PRESETS
+from mfd_fast.run.config import nearest
+from mfd_fast.run.stop import Stopped
 
 # command -> where it is, module:function, and how it is typed
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from mfd_fast import runner
-from mfd_fast.config import RunConfig
-from mfd_fast.distiller import Distiller
-from mfd_fast.distributed import Ranks
-from mfd_fast.tasks import make_task
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.ranks import Ranks
+from mfd_fast.models.tasks import make_task
+from mfd_fast.run import session as runner
+from mfd_fast.run.config import RunConfig
 
 
 def built(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:

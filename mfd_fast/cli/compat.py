@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.config import nearest, with_settings
-from mfd_fast.presets import preset
-from mfd_fast.run_folder import CHECKPOINTS
+from mfd_fast.models.presets import preset
+from mfd_fast.run.config import nearest, with_settings
+from mfd_fast.run.folder import CHECKPOINTS
 
 PRESET = "sana-1.6b-official"
 NO_IMAGES = "MFD learns from prompts alone, no images are read"
@@ -97,7 +97,7 @@ def compat(argv: list[str]) -> None:
         raise ValueError("--output_dir is missing: the run folder to make")
     out = Path(request.out)
     resume = checkpoint_to_resume(out, request.resume)
-    from mfd_fast.runner import run_distillation
+    from mfd_fast.run.session import run_distillation
 
     run_distillation(config, out, resume=resume)
 

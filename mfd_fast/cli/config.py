@@ -1,7 +1,7 @@
 """``mfd-fast config``: what a run would be started with."""
 
 from mfd_fast.cli.options import positional, preset_config
-from mfd_fast.config import to_dict
+from mfd_fast.run.config import to_dict
 
 
 def config(argv: list[str]) -> None:

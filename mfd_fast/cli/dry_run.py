@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mfd_fast.config import RunConfig
-from mfd_fast.report.plan import device_of, plan_of, show, trained_of
+from mfd_fast.run.config import RunConfig
+from mfd_fast.run.console import device_of, plan_of, show, trained_of
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "peft")
 SCRATCH = (64, 64)  # of a parameter large enough that its moments are kept in 8 bits
@@ -23,12 +23,12 @@ def dry_run(config: RunConfig, out: Path) -> None:
     from mfd_fast.cost.estimate import estimate
     from mfd_fast.cost.measured import efficiency_here
     from mfd_fast.cost.table import text
-    from mfd_fast.maker import run_is_captured
-    from mfd_fast.objectives import make_objective
-    from mfd_fast.report.trackers import check_tracker
-    from mfd_fast.resume import check_optimizers
-    from mfd_fast.tasks import make_task
-    from mfd_fast.tasks.meta import meta_model
+    from mfd_fast.distill.registry import make_objective
+    from mfd_fast.models.shapes import meta_model
+    from mfd_fast.models.tasks import make_task
+    from mfd_fast.run.maker import run_is_captured
+    from mfd_fast.run.resume import check_optimizers
+    from mfd_fast.run.trackers import check_tracker
 
     check_out(out)
     check_tracker(config.train.report_to)

@@ -58,9 +58,9 @@ def _encode(checkpoint: str, given: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from mfd_fast.data.prompts import open_prompts
-    from mfd_fast.data.text_store import write_text_store
-    from mfd_fast.models.sana.text_encoder import load_sana_text_encoder
+    from mfd_fast.models.sana.text.encoder import load_sana_text_encoder
+    from mfd_fast.models.sana.text.prompts import open_prompts
+    from mfd_fast.models.sana.text.store import write_text_store
 
     device = _device(given.device)
     prompts = open_prompts(
@@ -113,7 +113,7 @@ def _device(name: str):
 
 
 def _check(path: str) -> None:
-    from mfd_fast.data.text_store import TextStore
+    from mfd_fast.models.sana.text.store import TextStore
 
     print(f"{_described(TextStore(Path(path), verify=True))}: every checksum is right")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mfd_fast.cli.numbers import count, rate
 from mfd_fast.cli.options import options, positional, preset_config
-from mfd_fast.config import RunConfig
+from mfd_fast.run.config import RunConfig
 
 if TYPE_CHECKING:
     from mfd_fast.cost import Estimate
@@ -51,7 +51,7 @@ def estimate(argv: list[str]) -> None:
     from mfd_fast.cost import devices
     from mfd_fast.cost.estimate import estimate as predict
     from mfd_fast.cost.table import text
-    from mfd_fast.tasks.meta import meta_model
+    from mfd_fast.models.shapes import meta_model
 
     device, efficiency = _device(own.gpu, numbers, config)
     run = predict(meta_model, config, device, efficiency, gpus=gpus)
@@ -105,7 +105,7 @@ def _device(
     """The device that was named or described, and what share of its rates a run reaches."""
     from mfd_fast.cost import devices
     from mfd_fast.cost.measured import calibrated, efficiency_here
-    from mfd_fast.maker import run_is_captured
+    from mfd_fast.run.maker import run_is_captured
 
     if gpu is None:
         gpu = OWN_GPU if all(numbers.values()) else DEFAULT_GPU

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mfd_fast.cli.options import check_places, moved_files, options, positional
-from mfd_fast.files import written
+from mfd_fast.files.whole import written
 
 
 def export(argv: list[str]) -> None:
@@ -16,7 +16,7 @@ def export(argv: list[str]) -> None:
     out = Path(own.out)
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out")
-    from mfd_fast.runner import open_run
+    from mfd_fast.run.session import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "export"))
     with written(out) as partial:

@@ -16,7 +16,7 @@ def info(argv: list[str]) -> None:
     import torch
 
     from mfd_fast import __version__
-    from mfd_fast._ext import backend, build_info
+    from mfd_fast.ops.extension import backend, build_info
 
     built = build_info()
     print(f"mfd-fast {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}")

@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.cli.numbers import count
-from mfd_fast.config import (
-    DistillConfig,
-    RunConfig,
-    from_dict,
-    nearest,
-    to_dict,
-    with_absolute_paths,
-)
-from mfd_fast.presets import PRESETS, preset, with_file, with_memory
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.models.presets import PRESETS, preset, with_file, with_memory
+from mfd_fast.run.config import RunConfig, from_dict, nearest, to_dict, with_absolute_paths
 
 DEVICE = "--train.device"
 

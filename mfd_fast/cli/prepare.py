@@ -34,7 +34,7 @@ def prepare(argv: list[str]) -> None:
             "expected mfd-fast prepare occfm --data DIR --out STORE; DIR holds nuscenes/ and "
             "nusc_latent_vae/, or with --synthetic N is made anew"
         )
-    from mfd_fast.data.occupancy_store import convert_split
+    from mfd_fast.models.occfm.data.store import convert_split
 
     if given.synthetic:
         _write_synthetic(given)
@@ -49,7 +49,7 @@ def prepare(argv: list[str]) -> None:
 
 
 def _write_synthetic(given) -> None:
-    from mfd_fast.data.occupancy_synthetic import SyntheticConfig, write_synthetic
+    from mfd_fast.models.occfm.data.synthetic import SyntheticConfig, write_synthetic
 
     config = SyntheticConfig(
         scenes=given.synthetic,
@@ -64,7 +64,7 @@ def _write_synthetic(given) -> None:
 def _cache_latents(given, splits: list[str]) -> None:
     """The latents of a VAE, in the files and the form of published ones."""
     from mfd_fast.models.occfm.loading import load_vae
-    from mfd_fast.tasks.occfm_pretrain import cache_latents
+    from mfd_fast.models.occfm.pretrain import cache_latents
 
     vae = load_vae(given.vae)
     for split in splits:
@@ -72,8 +72,8 @@ def _cache_latents(given, splits: list[str]) -> None:
 
 
 def _check(store: Path) -> None:
-    from mfd_fast.data.occupancy import SPLITS
-    from mfd_fast.data.occupancy_store import OccupancyStore
+    from mfd_fast.models.occfm.data.classes import SPLITS
+    from mfd_fast.models.occfm.data.store import OccupancyStore
 
     found = [store / split for split in SPLITS if (store / split).is_dir()]
     if not found:
@@ -90,7 +90,7 @@ def _described(store) -> str:
 
 
 def _splits(text: str) -> list[str]:
-    from mfd_fast.data.occupancy import SPLITS
+    from mfd_fast.models.occfm.data.classes import SPLITS
 
     splits = text.split(",")
     if unknown := [split for split in splits if split not in SPLITS]:

@@ -34,8 +34,8 @@ def profile(argv: list[str]) -> None:
     folder = Path(own.out or f"runs/profile-{name}")
     _check_folder(folder)
     from mfd_fast.cli.built import built
-    from mfd_fast.profiling.profile import profile_cycles, summary
-    from mfd_fast.report.profile_picture import profile_picture
+    from mfd_fast.cost.profile import profile_cycles, summary
+    from mfd_fast.cost.profile_picture import profile_picture
 
     distiller, next_cond = built(config)
     _make_folder(folder)

@@ -12,8 +12,8 @@ def report(argv: list[str]) -> None:
         raise ValueError(f"unknown option {unknown[0]!r}; there is --out FILE.html")
     if not folders:
         raise ValueError("expected mfd-fast report RUN [RUN ...] [--out FILE.html]")
-    from mfd_fast.report.html import write_report
-    from mfd_fast.run_folder import RunFolder
+    from mfd_fast.run.folder import RunFolder
+    from mfd_fast.run.page import write_report
 
     runs = [RunFolder.open(folder) for folder in folders]
     print(write_report(runs, Path(own.out) if own.out else runs[0] / "report.html"))

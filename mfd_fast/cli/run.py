@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mfd_fast.cli.numbers import count
 from mfd_fast.cli.options import check_places, moved_files, options, positional, preset_config
-from mfd_fast.config import RunConfig
-from mfd_fast.presets import SanaRun, load_config
+from mfd_fast.models.presets import SanaRun, load_config
+from mfd_fast.run.config import RunConfig
 
 
 def distill(argv: list[str]) -> None:
@@ -23,7 +23,7 @@ def distill(argv: list[str]) -> None:
 
         dry_run(config, out or free_folder(config))
         return
-    from mfd_fast.runner import run_distillation
+    from mfd_fast.run.session import run_distillation
 
     run_distillation(config, out or free_folder(config), resume=own.resume)
 
@@ -34,7 +34,7 @@ def sample(argv: list[str]) -> None:
     own, rest = options(rest, out="", num=None, seed=0, prompt=())
     check_places(rest, "sample", ("--out", "--num", "--seed", "--prompt"))
     num = count("--num", own.num, "the number of samples", 8)
-    from mfd_fast.runner import open_run
+    from mfd_fast.run.session import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "sample"))
     path = Path(own.out or run / "samples.png")
@@ -52,7 +52,7 @@ def evaluate(argv: list[str]) -> None:
     num_samples = count("--num-samples", own.num_samples, "the samples of a row", 2000)
     if own.prompts and not own.scores:
         raise ValueError("--prompts names the file that --scores reads; type both, or neither")
-    from mfd_fast.runner import open_run
+    from mfd_fast.run.session import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "evaluate"))
     num_samples = num_samples or run.config.num_eval_samples
@@ -67,7 +67,7 @@ def evaluate(argv: list[str]) -> None:
 
 def score_sources(config: RunConfig, scores: str) -> dict[str, str]:
     """``--scores`` read; ``ValueError`` for a run that makes no images of prompts."""
-    from mfd_fast.tasks.sana_scores import parse_sources
+    from mfd_fast.models.sana.scores import parse_sources
 
     if not isinstance(config, SanaRun):
         raise ValueError(

@@ -10,7 +10,7 @@ def study(argv: list[str]) -> None:
     name, rest = positional(argv, "study", "NAME|all")
     given, rest = options(rest, out="runs/studies", report="", seed=0)
     no_more(rest, ("--out", "--report", "--seed"))
-    from mfd_fast.studies.report import module_of, run_all, run_study, write_report
+    from studies.report import module_of, run_all, run_study, write_report
 
     folder = Path(given.out)
     if name == "all":

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.backbone import CopiedBackbone, Prepared, trajectory_lanes
-from mfd_fast.comparison import ComparisonDistiller
-from mfd_fast.config import DistillConfig
+from mfd_fast.backbones.lanes import CopiedBackbone, Prepared, trajectory_lanes
+from mfd_fast.baselines.batch import Batch, Fields
+from mfd_fast.baselines.distiller import ComparisonDistiller
 from mfd_fast.cost.cycle import (
     CycleCost,
     MetaModel,
@@ -29,8 +29,8 @@ from mfd_fast.cost.cycle import (
     weighted,
 )
 from mfd_fast.cost.trace import Memory, Trace, Work
-from mfd_fast.objectives.compared import Batch, Fields
-from mfd_fast.solvers import plan
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.flow.solvers import plan
 
 STUDENT_UPDATES = 64  # that are followed for their draws, at least
 

@@ -15,15 +15,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from mfd_fast.backbone import Backbone, Lane, batch_size
-from mfd_fast.config import DistillConfig, OptimConfig
+from mfd_fast.backbones.lanes import Backbone, Lane, batch_size
 from mfd_fast.cost.operators import stored_bytes
 from mfd_fast.cost.trace import Memory, Op, Trace, Work
-from mfd_fast.distiller import Distiller
-from mfd_fast.flow import Schedule
-from mfd_fast.integrate import Trajectories
-from mfd_fast.objectives import IntervalObjective, make_objective
-from mfd_fast.solvers import SolverTable, plan
+from mfd_fast.distill.config import DistillConfig, OptimConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.registry import IntervalObjective, make_objective
+from mfd_fast.flow.integrate import Trajectories
+from mfd_fast.flow.solvers import SolverTable, plan
+from mfd_fast.flow.times import Schedule
 
 DRAWS = 4096  # pairs (t, r) that are drawn for the expected numbers of evaluations
 INTEGRATE = "student/integrate"

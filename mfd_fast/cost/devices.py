@@ -168,7 +168,7 @@ def this_machine(kind: str = "") -> Device:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = properties.name, float(properties.total_memory)
     else:
-        from mfd_fast.environment import cpu_name
+        from mfd_fast.run.environment import cpu_name
 
         name, memory = f"{cpu_name()}, {torch.get_num_threads()} threads", _host_memory()
     side, copied = MATMUL_SIDE[kind], COPY_BYTES[kind] >> 20

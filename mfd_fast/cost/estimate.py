@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mfd_fast.activation import POLICIES
-from mfd_fast.config import RunConfig
+from mfd_fast.backbones.activation import POLICIES
 from mfd_fast.cost.cycle import (
     INTEGRATE,
     CycleCost,
@@ -24,7 +23,8 @@ from mfd_fast.cost.cycle import (
 )
 from mfd_fast.cost.devices import Device, Efficiency
 from mfd_fast.cost.trace import Work
-from mfd_fast.maker import run_is_captured
+from mfd_fast.run.config import RunConfig
+from mfd_fast.run.maker import run_is_captured
 
 MakeModel = Callable[[RunConfig], MetaModel]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from mfd_fast.cost.devices import Device, Efficiency, Fit, calibrate
-from mfd_fast.distiller import Distiller
-from mfd_fast.environment import ROOT
-from mfd_fast.profiling.timer import PhaseTimer
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.phases import PhaseTimer
+from mfd_fast.run.environment import ROOT
 
 RESULTS = ROOT / "bench/results"
 # Below this ratio of singular values the batches say the same, and the host's part is unknown.

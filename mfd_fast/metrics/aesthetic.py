@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mfd_fast.files.tensors import load_head, read_tensors
 from mfd_fast.metrics.clip_scores import ClipEmbedder
-from mfd_fast.metrics.tensor_file import load_head, read_tensors
 
 
 class AestheticScore:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mfd_fast.files.tensors import read_tensors
 from mfd_fast.metrics.open_clip_names import to_transformers_names
 from mfd_fast.metrics.pretrained import (
     ImageProcessor,
@@ -21,7 +22,6 @@ from mfd_fast.metrics.pretrained import (
     model_folder,
     read_config,
 )
-from mfd_fast.metrics.tensor_file import read_tensors
 
 PICK_UNIT = 100.0  # the scores of its authors are 100 times those that tables print
 

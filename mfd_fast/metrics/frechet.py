@@ -10,7 +10,7 @@ of C_a^(1/2) C_b^(1/2), which stays accurate when a covariance has rank below D.
 import torch
 from torch import Tensor
 
-from mfd_fast.metrics.features import check_same_width, checked_features
+from mfd_fast.metrics.checks import check_same_width, checked_features
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:

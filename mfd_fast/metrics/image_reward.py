@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.files.tensors import load_head, read_tensors
 from mfd_fast.metrics.pretrained import (
     ImageProcessor,
     import_transformers,
@@ -19,7 +20,6 @@ from mfd_fast.metrics.pretrained import (
     load_tokenizer,
     model_folder,
 )
-from mfd_fast.metrics.tensor_file import load_head, read_tensors
 
 HEAD_WIDTH = 64  # of an attention head, in both networks
 MAX_LENGTH = 35  # tokens of a prompt, padded to this

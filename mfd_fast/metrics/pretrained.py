@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.models.sana.loading import fetch
+from mfd_fast.files.whole import first_line
+from mfd_fast.hub import fetch
 
 INSTALL = "judging images needs transformers and Pillow: pip install 'mfd-fast[eval]'"
 CONFIG, WEIGHTS = "config.json", "model*.safetensors*"
@@ -178,9 +179,3 @@ def _read(where: str | Path, load: Callable[..., Any], *args: Any, **options: An
         raise OSError(f"{where}: {first_line(error)}") from error
     except Exception as error:  # a broken file, or one of another library version, may raise any
         raise ValueError(f"{where} cannot be used: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message, or its name if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

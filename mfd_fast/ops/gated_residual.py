@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
-from mfd_fast.ops.modulation import check_activation, check_channel_row, check_sample_rows
+from mfd_fast.ops.checks import check_activation, check_channel_row, check_sample_rows
+from mfd_fast.ops.dispatch import register
 
 OP = "gated_residual"
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
+from mfd_fast.ops.dispatch import register
 
 _ARGS = "Tensor x, Tensor weight, Tensor bias, Tensor? in_bias, int height, int width"
 _BACKWARD = f"(Tensor grad, {_ARGS}, bool with_conv) -> (Tensor grad_x, Tensor grad_conv)"

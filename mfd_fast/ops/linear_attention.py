@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
+from mfd_fast.ops.dispatch import register
 
 torch.library.define(
     "mfd_fast::linear_attention",

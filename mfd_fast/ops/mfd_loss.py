@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
+from mfd_fast.ops.dispatch import register
 from mfd_fast.ops.rows import check_rows
 
 _SCHEMA = (

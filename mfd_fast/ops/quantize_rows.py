@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
-from mfd_fast.ops.modulation import check_activation
+from mfd_fast.ops.checks import check_activation
+from mfd_fast.ops.dispatch import register
 
 OP = "quantize_rows"
 

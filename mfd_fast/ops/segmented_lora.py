@@ -20,7 +20,7 @@ one cost nothing.  PEFT runs, per target, two products, a scaling and a sum, eac
 import torch
 from torch import Tensor
 
-from mfd_fast.ops.backend import register
+from mfd_fast.ops.dispatch import register
 from mfd_fast.ops.reference import wide
 
 _ARGS = "Tensor x, Tensor a, Tensor b, Tensor rows, float scale"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.backend import register
+from mfd_fast.ops.dispatch import register
 
 MAX_TOKENS = 16
 MAX_WIDTH = 64

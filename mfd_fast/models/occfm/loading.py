@@ -3,7 +3,7 @@
 A published checkpoint is a ``.ckpt`` that torch saved: ``state_dict`` has the weights as they were
 trained, ``ema_model`` their running average (or None), every name with ``module.`` before it.  A
 world model's has the whole VAE too.  It may hold tensors and plain containers; a pickle that names
-anything else is refused unread (:mod:`mfd_fast.data.torch_file`).
+anything else is refused unread (:mod:`mfd_fast.files.torch_pickles`).
 
 Averaging also went over the integer buffers, the tables of offsets in a window, and rounded some of
 their entries down by one.  The published scores were taken with these: they are kept, and counted
@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.data.torch_file import load_torch_file
+from mfd_fast.files.torch_pickles import load_torch_file
+from mfd_fast.files.weights import load_network, outline, save_weights
 from mfd_fast.models.occfm.config import OccfmConfig
 from mfd_fast.models.occfm.network import OccfmNetwork
 from mfd_fast.models.occfm.run_config import RunConfigs, read_run_configs
-from mfd_fast.models.occfm.swin import relative_index
-from mfd_fast.models.occfm.vae import OccupancyVae
-from mfd_fast.models.occfm.vae3d import OccupancyVae3d
-from mfd_fast.models.occfm.vae_config import VAE_CONFIGS, VaeConfig
-from mfd_fast.models.weight_file import load_network, outline, save_weights
+from mfd_fast.models.occfm.vae.config import VAE_CONFIGS, VaeConfig
+from mfd_fast.models.occfm.vae.swin import relative_index
+from mfd_fast.models.occfm.vae.vae import OccupancyVae
+from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
 
 TRANSITION = "transition_model."
 VAE_PARTS = ("embedding.", "encoder.", "decoder.")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfd_fast.flow import Schedule, shifted_schedule
+from mfd_fast.flow.times import Schedule, shifted_schedule
 from mfd_fast.models.occfm.blocks import (
     DitBlock,
     FrameConv,

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mfd_fast.files.plain import read_yaml
 from mfd_fast.models.occfm.config import OccfmConfig
-from mfd_fast.models.occfm.vae_config import VaeConfig
-from mfd_fast.plain_files import read_yaml
+from mfd_fast.models.occfm.vae.config import VaeConfig
 
 BASE = "_BASE_CONFIG_"
 MAX_BASES = 8  # files that name one another

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mfd_fast.integrate import integrate
+from mfd_fast.flow.integrate import integrate
+from mfd_fast.flow.solvers import scheduled
 from mfd_fast.models.occfm.network import OccfmNetwork, null_condition
-from mfd_fast.solvers import scheduled
 
 
 @torch.no_grad()

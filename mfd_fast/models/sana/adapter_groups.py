@@ -10,7 +10,7 @@ Letters in shapes: R rows, T tokens, G targets of a group.
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.adapters import AdapterBank
+from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.ops.segmented_lora import segmented_lora, segmented_lora_
 
 

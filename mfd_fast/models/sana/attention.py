@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfd_fast.adapters import AdapterBank
+from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.models.sana.adapter_groups import AdapterGroup
 from mfd_fast.models.sana.packing import PackedModule, joined, share_storage
 from mfd_fast.ops.linear_attention import linear_attention

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from mfd_fast.ops.checks import MAX_CHANNELS
 from mfd_fast.ops.linear_attention import WIDTHS
-from mfd_fast.ops.modulation import MAX_CHANNELS
 from mfd_fast.settings import Count, Positive, Settings
 
 CLASS_NAME = "SanaTransformer2DModel"

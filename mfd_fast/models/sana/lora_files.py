@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfd_fast.adapters import AdapterBank
+from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.models.sana.lora_layers import COMFYUI, DIFFUSERS, layers_of, original_layer
 from mfd_fast.models.sana.lora_strength import METADATA_KEY, Strengths
 

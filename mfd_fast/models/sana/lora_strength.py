@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mfd_fast.files.plain import parse_json
 from mfd_fast.models.sana.lora_layers import DIFFUSERS
-from mfd_fast.plain_files import parse_json
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig, as JSON
 CONFIG = "adapter_config.json"

@@ -9,17 +9,17 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from mfd_fast.files import written
+from mfd_fast.files.plain import read_json
+from mfd_fast.files.whole import written
+from mfd_fast.hub import fetch
 from mfd_fast.models.sana.loading import (
     CONFIG,
     STEM,
     SUBFOLDER,
-    fetch,
     read_checkpoint_json,
     weight_patterns,
 )
 from mfd_fast.models.sana.network import SanaNetwork
-from mfd_fast.plain_files import read_json
 
 MODEL_INDEX = "model_index.json"
 SAFETENSORS = ".safetensors"

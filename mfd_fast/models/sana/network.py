@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfd_fast.adapters import AdapterBank
+from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.models.sana.attention import Gain
 from mfd_fast.models.sana.blocks import MODULATIONS, SanaBlock
 from mfd_fast.models.sana.config import SanaConfig
@@ -40,7 +40,7 @@ class SanaNetwork(PackedModule):
     cond is ``{"text": [R, L, channels], "mask": [R, L] bool}``, True where a token is real; without
     ``mask`` all are.  With guidance embedding also ``"guidance": [R]``, the scale times
     ``config.guidance_embeds_scale``.  Padding costs time and changes nothing: drop it first
-    (:func:`mfd_fast.models.sana.text.trim_text`).
+    (:func:`mfd_fast.models.sana.text.trim.trim_text`).
     """
 
     DERIVED = ("_tables", "_times")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.flow import Schedule, dpm_flow_schedule
+from mfd_fast.flow.times import Schedule, dpm_flow_schedule
 from mfd_fast.models.sana.loading import read_checkpoint_json
 
 SCHEDULER = "scheduler/scheduler_config.json"

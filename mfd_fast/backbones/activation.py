@@ -1,0 +1,156 @@
+"""What a forward with gradient keeps for its backward: everything, the dear part, or block inputs.
+
+    none     everything autograd asks for
+    cheap    results of large matrix products, convolutions and attention; norms, activations,
+             gates and other pointwise work are computed again
+    block    the input of every block; the block is computed again
+
+The frozen network needs no inputs for gradients of its weights, so what ``cheap`` and ``block``
+drop is mostly what pointwise operators keep.  Built on torch.utils.checkpoint.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mfd_fast.backbones.networks import Patterns, find_modules
+
+POLICIES = ("none", "cheap", "block")
+
+# Which argument of a product is its first factor; its last dimension is summed over.
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0}
+ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "linear_attention",
+)
+
+# A product over K terms costs 2 K FLOP per result; reading a kept bf16 result costs 2 bytes.  An
+# H100 does about 270 FLOP (measured 798 TFLOP/s) in the time of a byte (3.0 TB/s), so below this
+# length (an adapter's second factor, attention scores, depthwise convolutions) it is recomputed.
+MIN_KEPT_LENGTH = 128
+
+
+class ActivationPolicy:
+    """The policy in force on some blocks; :meth:`remove` gives them back as they were."""
+
+    def __init__(self, blocks: dict[str, nn.Module]):
+        self.blocks = blocks
+
+    def remove(self) -> None:
+        """Undo; nothing happens the second time."""
+        for block in self.blocks.values():
+            del block.forward
+        self.blocks = {}
+
+
+def apply_activation_policy(
+    network: nn.Module,
+    policy: str,
+    blocks: Patterns,
+    *,
+    recompute_context: Callable[[], AbstractContextManager] = nullcontext,
+) -> ActivationPolicy:
+    """Let the blocks of a network keep less in forwards with gradient; others are untouched.
+
+    Args:
+        policy: ``"none"``, ``"cheap"`` or ``"block"``, above.
+        blocks: the modules to treat, usually the repeated blocks: names in a tuple or one regular
+            expression (``networks.find_modules``).
+        recompute_context: called in the forward; entered for the recomputation.  Restores what the
+            blocks depend on besides their arguments (``AdapterBank.resumed``).
+
+    No random numbers may be drawn inside a block: recomputation does not restore their state.
+    ``ValueError``: unknown policy, no block found, blocks inside each other or treated already.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"the activation policy must be one of {list(POLICIES)}, got {policy!r}")
+    if policy == "none":
+        return ActivationPolicy({})
+    found, unmatched = find_modules(network, blocks)
+    if unmatched or not found:
+        there = [name for name, module in network.named_modules() if _is_list(module)]
+        raise ValueError(
+            f"activation policy {policy!r}: blocks {unmatched} match nothing; the network's lists "
+            f"of modules are {there}"
+        )
+    for name, block in found.items():
+        outer = [other for other in found if name.startswith(f"{other}.")]
+        if outer:
+            raise ValueError(f"block {name} lies inside block {outer[0]}; name only one of them")
+        if "forward" in vars(block):
+            raise ValueError(f"the forward of block {name} is replaced already; remove that first")
+    make_contexts = {"cheap": _cheap_contexts, "block": _block_contexts}[policy]
+    for block in found.values():
+        contexts = partial(make_contexts, recompute_context)
+        block.forward = partial(_forward, block.forward, contexts)
+    return ActivationPolicy(found)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.Sequential)
+
+
+def _forward(forward: Callable, contexts: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward under the policy."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=contexts,
+        **kwargs,
+    )
+
+
+def _block_contexts(recompute_context: Callable) -> tuple:
+    return nullcontext(), recompute_context()
+
+
+def _cheap_contexts(recompute_context: Callable) -> tuple:
+    keep, reuse = create_selective_checkpoint_contexts(_keep_if_dear)
+    return keep, _Both(recompute_context(), reuse)
+
+
+class _Both:
+    """Two contexts as one."""
+
+    def __init__(self, *contexts: AbstractContextManager):
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        for context in self.contexts:
+            self.stack.enter_context(context)
+
+    def __exit__(self, *exc: Any) -> Any:
+        return self.stack.__exit__(*exc)
+
+
+def _keep_if_dear(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.overloadpacket.__name__
+    is_dear = name in ATTENTION or _product_length(name, args) > MIN_KEPT_LENGTH
+    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _product_length(name: str, args: tuple) -> int:
+    """Terms summed for one result of a matrix product or convolution; 0 for other operators."""
+    if name in PRODUCTS:
+        return args[PRODUCTS[name]].shape[-1]
+    if name == "convolution":
+        return math.prod(args[1].shape[1:])
+    return 0

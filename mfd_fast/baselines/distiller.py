@@ -1,0 +1,109 @@
+"""Updates of the objectives that MFD is compared with: the same loop, optimizers, averages and
+state as ``Distiller``; the objective sees more than the student's samples.
+"""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfd_fast.backbones.lanes import CopiedBackbone, Prepared
+from mfd_fast.baselines.batch import Batch, ComparedObjective, Features, Fields
+from mfd_fast.baselines.sampling import few_step
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.registry import make_objective
+
+
+class ComparisonDistiller(Distiller):
+    """A :class:`Distiller` for a ``ComparedObjective``.
+
+    Args: those of ``Distiller``, and
+        features: (samples -> features ``[B, D]``, D), frozen, for the discriminator of senseflow;
+            the teacher's own middle features if None.
+
+    Where the objective uses data, the condition of an update is a pair (samples of the data,
+    condition).  ``ValueError`` for a backbone that is not a ``CopiedBackbone``.
+    """
+
+    objective: ComparedObjective
+
+    def __init__(
+        self,
+        backbone: CopiedBackbone,
+        config: DistillConfig,
+        *args: Any,
+        features: tuple[Features, int] | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(backbone, CopiedBackbone):
+            raise ValueError(
+                f"distill.objective={config.objective!r} trains full copies of a network; expected "
+                f"a CopiedBackbone, got {type(backbone).__name__}"
+            )
+        self._features = features
+        super().__init__(backbone, config, *args, **kwargs)
+
+    def _bind_objective(self) -> ComparedObjective:
+        if self.ranks.world > 1:
+            raise ValueError(
+                f"distill.objective={self.config.objective!r} trains in one process; got "
+                f"{self.ranks.world} ranks: start it without torchrun"
+            )
+        objective = make_objective(self.config)
+        objective.bind(self.backbone, self._features)
+        if "aux" not in objective.roles:
+            self.backbone.aux = torch.nn.Identity()  # a copy that nobody trains: let it go
+        return objective
+
+    def parameters_of(self, role: str) -> list[Tensor]:
+        return super().parameters_of(role) + self.objective.parameters_of(role)
+
+    def _batch(self, cond: Any) -> Batch:
+        data, cond = cond if self.objective.uses_data else (None, cond)
+        prepared = self.backbone.prepare(cond)
+        return Batch(
+            fields=Fields(self.backbone, prepared, self.config.guidance),
+            data=data,
+            noise=lambda: self._noise(prepared.batch),
+            host=self.host_generator,
+            update=self.num_updates["student"],
+            averaged=self._averaged,
+            size=prepared.batch,
+            device=self.backbone.device,
+        )
+
+    @contextmanager
+    def _averaged(self):
+        with torch.no_grad(), self.averaged_student():
+            yield
+
+    def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
+        with self.phase("aux/forward"):
+            loss = self.objective.aux_loss(self._batch(cond), t)
+        self._backward("aux", loss)
+        return loss.detach()
+
+    def _student_backward(self, cond: Any) -> dict[str, Tensor]:
+        with self.phase("student/forward"):
+            loss, metrics = self.objective.student_loss(self._batch(cond))
+        self._backward("student", loss)
+        return metrics | {"student_loss": loss.detach()}
+
+    def _after_step(self, role: str, skipped: Tensor) -> None:
+        super()._after_step(role, skipped)
+        self.objective.after_update(role, self.backbone, skipped)
+
+    def _sample_student(
+        self, noise: Tensor, prepared: Prepared, *, only_step: int | None = None
+    ) -> Tensor:
+        fields = Fields(self.backbone, prepared, self.config.guidance)
+        return few_step(
+            self.objective.sampler,
+            fields.student,
+            noise,
+            steps=self.config.student_steps,
+            solver=self.config.student_solver,
+            schedule=self.schedule,
+        )

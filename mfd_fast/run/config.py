@@ -1,0 +1,196 @@
+"""Every setting of a run, as frozen dataclasses: the fields are the YAML keys and the CLI
+overrides.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.settings import (
+    Count,
+    CountOrOff,
+    Settings,
+    check_type,
+    require,
+)
+
+Capture = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """The loop around the updates."""
+
+    SECTION: ClassVar[str] = "train."
+
+    updates: Count = 3000
+    """Student updates in the whole run."""
+    batch_size: Count = 1
+    """Samples per update, of all ranks together: what a run learns does not depend on them."""
+    log_every: Count = 10
+    """Metrics are read from the device and written every this many student updates."""
+    preview_every: CountOrOff = 0
+    """Draw samples of the student every this many student updates; 0: only at the end."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send the metrics there too; metrics.jsonl is always written."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes cuda if there is one."""
+    capture: Capture = "auto"
+    """Run updates as CUDA graphs: auto wherever that is possible (an NVIDIA GPU, an objective over
+    intervals, no fsdp), on: or stop, off: never.
+    """
+    float8: bool = False
+    """Evaluate lanes without gradient in e4m3; needs adapters and, on a GPU, compute capability
+    8.9.
+    """
+    activation: Literal["none", "cheap", "block"] = "none"
+    """What the student's forward recomputes in its backward: nothing, pointwise operators,
+    blocks.
+    """
+    checkpoint_every: CountOrOff = 100
+    """Write a checkpoint every this many student updates; 0: only at the end or when stopped."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+    keep_every: CountOrOff = 0
+    """Also keep, for good, the checkpoints at multiples of this many student updates; 0: none."""
+    max_skipped_in_a_row: Count = 20
+    """Stop when this many updates of a role in a row had a gradient that is not finite."""
+    shard: Literal["none", "fsdp"] = "none"
+    """Under torchrun: a whole model on every rank, or full copies spread over the ranks."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.capture != "on" or self.shard != "fsdp", "train.capture",
+                 "auto or off with train.shard fsdp", self.capture)  # fmt: skip
+        require(not (self.preview_every and self.shard == "fsdp"), "train.preview_every",
+                 "0 with train.shard fsdp", self.preview_every)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """One distillation run; ``presets.py`` has one subclass for each family of tasks."""
+
+    TASK: ClassVar[str] = ""
+    """``module:class`` of the task (``tasks.base.Task``) that runs this config."""
+    SHORT: ClassVar[dict[str, str]] = {}
+    """Options with a short name on the command line, and the setting each stands for."""
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        "num_eval_samples",
+        "distill.sample_bound",
+        "train.updates",
+        "train.log_every",
+        "train.preview_every",
+        "train.report_to",
+        "train.device",
+        "train.capture",
+        "train.float8",
+        "train.activation",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.keep_every",
+        "train.max_skipped_in_a_row",
+        "train.shard",
+    )
+    """Settings that a resumed run may have otherwise than the run it continues, and that do not
+    change what it learns.
+    """
+    LEARNS_ON: ClassVar[tuple[str, ...]] = (
+        "distill.aux_updates",
+        "distill.micro_batches",
+        "distill.student_backprop",
+        "distill.student_optim.lr",
+        "distill.student_optim.clip_norm",
+        "distill.aux_optim.lr",
+        "distill.aux_optim.clip_norm",
+    )
+    """Settings that it may have otherwise, too: from there on it learns by the new ones."""
+    PATHS: ClassVar[tuple[str, ...]] = ("teacher",)
+    """Settings that say where files lie.  They may move: their contents are compared."""
+
+    preset: str
+    """The task: what is distilled, from which teacher, on which conditions."""
+    teacher: str = ""
+    """The pretrained teacher, a file, folder or hub id; empty: the preset's own."""
+    num_eval_samples: Count = 2000
+    """Samples behind every row of the result table."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The method."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+
+
+def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    """The config with values by dotted key."""
+    tree = to_dict(config)
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return from_dict(type(config), tree)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of nested mappings, by dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with relative paths of what exists made absolute: the run can then be opened from
+    any folder.
+    """
+    values = {key: value for key, value in leaves(to_dict(config)) if key in config.PATHS}
+    places = {key: Path(value) for key, value in values.items() if value and Path(value).exists()}
+    # Not the file's own links: its name says what it holds.
+    found = {key: str(path.parent.resolve() / path.name) for key, path in places.items()}
+    return with_settings(config, found)
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain containers, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    import yaml  # here, so that the library itself needs no YAML
+
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def from_dict(cls: type, tree: dict, path: str = "") -> Any:
+    """Build a config dataclass from plain containers, checking keys and types by name."""
+    known = {f.name for f in fields(cls)}
+    for name in tree:
+        if name not in known:
+            section = path.rstrip(".") or "top level"
+            raise ValueError(
+                f"unknown config key {path + str(name)!r}; {section} has {sorted(known)}"
+                f"{nearest(str(name), known)}"
+            )
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if hints[name] == Capture and type(value) is bool:  # older configs, and YAML's own on, off
+            value = "on" if value else "off"
+        if is_dataclass(hints[name]):
+            require(isinstance(value, dict), path + name, "a mapping", repr(value))
+            values[name] = from_dict(hints[name], value, f"{path}{name}.")
+        else:
+            values[name] = check_type(hints[name], value, path + name)
+    return cls(**values)
+
+
+def nearest(name: str, known) -> str:
+    """`"; did you mean ..."` if one of the known words is close to ``name``, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,150 @@
+"""The command line as a user meets it: a short run end to end, and every way to type it wrong."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mfd_fast import cli
+
+TINY = ["--train.updates", "3", "--train.batch-size", "4", "--train.log-every", "1",
+        "--distill.aux-updates", "1", "--num-eval-samples", "200"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert cli.main(["distill", "digits", "--out", str(folder), *TINY]) == 0
+    return folder
+
+
+def test_distill_leaves_a_complete_run_folder(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "student.safetensors", "results.json",
+        "samples_grid.png", "training_curves.png", "checkpoints",
+    }  # fmt: skip
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert config["train"]["updates"] == 3 and config["distill"]["step_size"] == 0.05
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2, 3]
+    assert {"aux_loss", "student_loss", "distance", "updates_per_s", "skipped"} <= set(rows[0])
+    results = json.loads((run_folder / "results.json").read_text())
+    assert [row["nfe"] for row in results["table"]] == [100, 20, 10, 4, 2, 1]
+
+
+def test_evaluate_repeats_the_table(run_folder, capsys):
+    assert cli.main(["evaluate", str(run_folder)]) == 0
+    printed = capsys.readouterr().out
+    expected = json.loads((run_folder / "results.json").read_text())["table"]
+    for row in expected:
+        line = next(line for line in printed.splitlines() if f" {row['name']} " in line)
+        assert f"{row['frechet_to_teacher50']:.2f}" in line  # the same samples, the same numbers
+
+
+def test_sample_writes_a_picture_and_never_overwrites(run_folder, tmp_path, capsys):
+    target = tmp_path / "samples.png"
+    command = ["sample", str(run_folder), "--out", str(target), "--num", "20"]
+    assert cli.main(command) == 0
+    before = target.read_bytes()
+    assert before[:8] == b"\x89PNG\r\n\x1a\n"
+    assert cli.main(command) == 2
+    assert "exists; choose another file with --out" in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+def test_an_existing_run_is_not_overwritten(run_folder, capsys):
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    assert cli.main(["distill", "digits", "--out", str(run_folder), *TINY]) == 2
+    assert "already holds files (a run?); nothing was changed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+
+
+def packaged_teacher() -> Path:
+    import mfd_fast.models
+
+    return Path(mfd_fast.models.__file__).parent / "digits/weights" / "digits_teacher.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["distil", "digits"], "unknown command 'distil'; .*did you mean 'distill'"),
+        (["distill"], "expected mfd-fast distill PRESET"),
+        (["distill", "--out", "x"], "PRESET comes first"),
+        (["distill", "digit"], "unknown preset 'digit'; .*did you mean 'digits'"),
+        (["distill", "digits", "--objective", "gan"], r"one of \['mfd', 'vsd', .*\], got 'gan'"),
+        (
+            ["distill", "digits", "--distill.step-sise", "0.1"],
+            "unknown setting '--distill.step-sise'; .*did you mean 'distill.step_size'",
+        ),
+        (
+            ["distill", "digits", "--train.batch-size", "many"],
+            "train.batch-size: .*'many'; mfd-fast distill digits --help",
+        ),
+        (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["sample", "nowhere"], "nowhere is not a run folder: it has no config.yaml"),
+        (["sample", "nowhere", "--nmu", "3"], "unknown option '--nmu'"),
+        (
+            ["evaluate", "nowhere", "--num-samples", "many"],
+            "--num-samples: the samples of a row must .*'many'",
+        ),
+        (["pretrain", "sana"], r"pretrain trains one of \['digits', .*\], got 'sana'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(
+    argv, message, tmp_path, capsys, monkeypatch
+):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_setting_out_of_range_exits_with_2(value, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["distill", "digits", "--distill.step-size", value]) == 2
+    error = capsys.readouterr().err
+    assert f"distill.step_size must be > 0, got {float(value)}" in error
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_teacher_is_refused(tmp_path, capsys):
+    broken = tmp_path / "teacher.safetensors"
+    broken.write_bytes(packaged_teacher().read_bytes()[:1000])
+    out = tmp_path / "run"
+    assert cli.main(["distill", "digits", "--teacher", str(broken), "--out", str(out)]) == 2
+    assert str(broken) in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unwritable_folder_is_refused(tmp_path, capsys):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert cli.main(["distill", "digits", "--out", str(blocker / "run"), *TINY]) == 2
+    assert "choose a writable folder with --out" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")
+def test_a_read_only_folder_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert cli.main(["distill", "digits", "--out", str(tmp_path / "run"), *TINY]) == 2
+    assert "choose a writable folder" in capsys.readouterr().err
+
+
+def test_help_and_info(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "mfd-fast distill PRESET" in capsys.readouterr().out
+    assert cli.main(["info"]) == 0
+    assert "compiled operators" in capsys.readouterr().out
+    assert cli.main([]) == 2

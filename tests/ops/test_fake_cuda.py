@@ -1,0 +1,131 @@
+"""Which code runs for CUDA tensors, and that an update leaves the host alone; without a GPU.
+
+``fake_cuda/trace.py`` says how, in processes of their own.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE_CUDA = ROOT / "tests/support/fake_cuda"
+TORCH = Path(torch.__file__).parent
+
+# Without nvcc these run plain PyTorch on a GPU: they have no Triton kernel.
+COMPILED_ONLY = {
+    *("glu_depthwise", "_glu_depthwise_backward"),
+    *("short_attention", "_short_attention_backward"),
+}
+COMPILED = {"interpolate", "mfd_loss", "ode_step_", *COMPILED_ONLY}
+# model -> variant, with the extension or without
+RUNS = {
+    "digits": [("fused", ""), ("captured", "compiled")],
+    "sana-1.6b": [("fused", "compiled"), ("captured", ""), ("fp8", "")],
+    "occfm": [("fused", ""), ("captured", "compiled")],
+}
+CASES = [(model, *how) for model, ways in RUNS.items() for how in ways]
+
+pytestmark = [
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="is about a PyTorch without CUDA"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ on the PATH"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """``fake_cuda/device.cpp`` compiled."""
+    built = tmp_path_factory.mktemp("fake_cuda") / "device.so"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{TORCH}/include"]
+    command += [str(FAKE_CUDA / "device.cpp"), "-o", str(built)]
+    command += [f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return built
+
+
+def trace(library: Path, *arguments: str) -> dict:
+    """What ``trace.py`` prints."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+        "MFD_FAST_BACKEND": "auto",
+        "LD_PRELOAD": str(library),
+    }
+    command = [sys.executable, "-W", "ignore", str(FAKE_CUDA / "trace.py")]
+    done = subprocess.run(
+        [*command, *filter(None, arguments)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def traces(library) -> dict[tuple, dict]:
+    """Every case, two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda case: trace(library, *case), CASES)
+        return dict(zip(CASES, found, strict=True))
+
+
+def test_what_the_extension_has():
+    texts = "".join(path.read_text() for path in (ROOT / "csrc/bindings").glob("*.cpp"))
+    bound = set(re.findall(r'm\.impl\("(_\w+_cuda)"', texts))
+    assert bound == {f"_{name.lstrip('_')}_cuda" for name in COMPILED}
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_an_update_leaves_the_host_alone(traces, case):
+    assert traces[case]["faults"] == {"aux": [], "student": []}
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_an_update_runs_the_kernels_of_a_gpu(traces, case):
+    compiled = COMPILED if case[2] else set()
+    for name, ran in traces[case]["chosen"].items():
+        without_nvcc = "reference" if name in COMPILED_ONLY else "triton"
+        assert ran == ["compiled" if name in compiled else without_nvcc], name
+
+
+def test_every_operator_is_in_one_of_the_updates(traces):
+    seen = set().union(*(found["chosen"] for found in traces.values()))
+    texts = [path.read_text() for path in (ROOT / "mfd_fast/ops").glob("*.py")]
+    registered = set(re.findall(r'register_cuda\(\s*"(\w+)"', "".join(texts)))
+    assert seen == registered
+
+
+def test_conditions_are_copied_from_pinned_memory(library):
+    faults = trace(library, "conditions")["faults"]
+    assert faults == {"digits": [], "cifar10": [], "sana": [], "occfm": []}
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault"),
+    {
+        "pageable": "_to_copy: copies pageable memory",
+        "pageable value": "_to_copy: waits for its copy",
+        "waiting": "copy_: waits for its copy",
+        "read": "_local_scalar_dense: the host reads a value",
+        "decision": "_local_scalar_dense: the host reads a value",
+        "to the host": "_to_copy: falls to the host",
+        "host operand": "mul: reads a tensor of the host",
+        "float64": "_to_copy: float64",
+        "float64 in Triton": "_interpolate_kernel: float64",
+    }.items(),
+)
+def test_planted_faults_are_seen(planted, plant, fault):
+    assert fault in planted["faults"][plant]
+
+
+@pytest.fixture(scope="module")
+def planted(library) -> dict:
+    return trace(library, "planted")

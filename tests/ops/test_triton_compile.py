@@ -1,0 +1,80 @@
+"""Every Triton kernel becomes machine code for every supported architecture, without a GPU.
+
+Nothing may spill (a stack frame or local memory in the machine code), and shared memory must fit.
+Triton's own cache makes a second run quick.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(path.stem for path in (ROOT / "kernels").glob("[a-z]*.py"))
+# Bytes of shared memory per block.  Code for 8.0 also runs on 8.6 and 8.9, which have 99 KiB of it.
+SHARED_LIMITS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the triton package"
+)
+
+
+def compile_module(module: str) -> list[dict]:
+    """The resources of every kernel of the module, from a process that has no TRITON_INTERPRET."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(ROOT / "tests/support/triton_to_machine_code.py")
+    archs = ",".join(map(str, SHARED_LIMITS))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, archs, module],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports(request) -> dict[str, Future]:
+    """Two processes at a time over the modules that this run selected."""
+    wanted = [
+        item.callspec.params["module"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {module: pool.submit(compile_module, module) for module in wanted}
+
+
+def complaints(row: dict) -> list[str]:
+    """What is wrong with one kernel on one architecture."""
+    if row["error"]:
+        return [row["error"]]
+    found = []
+    if row["STACK"] or row["LOCAL"]:
+        found.append(f"spills: stack {row['STACK']}, local {row['LOCAL']} bytes")
+    if row["shared"] > SHARED_LIMITS[row["arch"]]:
+        found.append(f"shared memory: {row['shared']} of {SHARED_LIMITS[row['arch']]} bytes")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_without_spills(module, reports):
+    rows = reports[module].result()
+    wrong = [f"{row['case']} sm_{row['arch']}: {why}" for row in rows for why in complaints(row)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_kernel_is_listed():
+    texts = {module: (ROOT / f"kernels/{module}.py").read_text() for module in MODULES}
+    for module, text in texts.items():
+        used_by = [m for m, t in texts.items() if f"mfd_fast.kernels.{module} import" in t]
+        if "@triton.jit" in text and "COMPILE_CASES" not in text:
+            assert used_by, f"kernels/{module}.py has kernels but no COMPILE_CASES"

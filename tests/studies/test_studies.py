@@ -1,0 +1,179 @@
+"""The studies: their statistics with fixed seeds, verdicts, files and the command."""
+
+import json
+
+import pytest
+import torch
+from gaussian import GaussianNetwork
+from torch import Generator
+
+from mfd_fast import cli
+from studies import STUDIES, distance, no_auxiliary, report, toy_field
+from studies import coverage as coverage_study
+from studies.toy_runs import energy_distance
+from studies.verdict import Verdict
+
+pytest.importorskip("matplotlib")
+
+
+def test_variance_of_the_mean_velocity_falls_as_one_over_n():
+    """Slope of log Var against log N within 0.1 of -1 (paper C.3, D.2)."""
+    x, generator = toy_field.grid(), Generator().manual_seed(0)
+    variances = [toy_field.variance_of_mean(x, n, generator, draws=20) for n in toy_field.STEPS]
+    assert abs(toy_field.log_slope(toy_field.STEPS, variances) + 1) < 0.1
+
+
+def test_slope_of_an_exact_power_law():
+    steps = (1, 2, 8, 32)
+    assert toy_field.log_slope(steps, [3.0 / n**2 for n in steps]) == pytest.approx(-2.0)
+
+
+def test_without_an_auxiliary_the_variance_falls_below_one_percent():
+    """A student with the teacher's spread collapses (paper C.4)."""
+    teacher = GaussianNetwork(dim=2)
+
+    class Spread(torch.nn.Module):
+        """One step from noise z: shift + scale z, at first the teacher's own distribution."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((2,), 0.5))
+            self.shift = torch.nn.Parameter(torch.full((2,), 0.3))
+
+        def forward(self, x, t, cond):
+            return x - (self.shift + self.scale * x)
+
+    variances = no_auxiliary.collapse(
+        lambda x, t, cond: teacher(x, t, 0.0), Spread(), seed=0, updates=200, lr=0.02
+    )
+    share = [variance / (2 * 0.5**2) for variance in variances]
+    assert 0.9 < share[0] < 1.1 and share[-1] < 0.01
+
+
+def test_energy_distance_is_zero_for_one_law_and_grows_with_a_shift():
+    """Points of a line: 2 E|a - b| - E|a - a'| - E|b - b'| by hand; and the same law."""
+    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]])
+    assert energy_distance(a, b) == pytest.approx(2 * (1 + 5 + 1 + 3) / 4 - 2 - 4)
+    draws = torch.randn(3, 2000, 2, generator=Generator().manual_seed(0))
+    same, shifted = energy_distance(draws[0], draws[1]), energy_distance(draws[0], draws[2] + 1)
+    assert abs(same) < 0.01 < 0.5 < shifted
+
+
+FAKE_ROW = dict.fromkeys(coverage_study.KEYS, 1.0) | {
+    f"{key}_std": 0.1 for key in coverage_study.KEYS
+}
+
+
+def coverage_figures(mfd_distance, mfd_recall):
+    sweep = {"selected_by": "recall", "sweep": [{"lr": 1e-3, "recall": 0.5}]}
+    rows = [{"method": name, "lr": 1e-3, **FAKE_ROW, **sweep} for name in coverage_study.METHODS]
+    rows[0] |= {"frechet_to_data": mfd_distance, "recall": mfd_recall}
+    return {"rows": rows, "updates": 10, "seeds": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [((0.5, 2.0), "confirmed"), ((2.0, 2.0), "not confirmed"), ((0.5, 0.5), "not confirmed")],
+)
+def test_coverage_needs_the_best_distance_and_the_best_recall(values, word, tmp_path):
+    figures = coverage_figures(*values)
+    assert coverage_study.judge(figures).word == word
+    assert f"| mfd | 0.001 | 1 (0.1) | {values[0]:.3g} (0.1) |" in coverage_study.table(figures)
+    coverage_study.draw(figures, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_coverage_sweeps_every_method_alike_and_resumes(tmp_path, monkeypatch):
+    """Each method: every rate with one seed, the best of them with all; done runs stay."""
+    trained = []
+
+    def train(config):
+        trained.append((config.distill.objective, config.distill.student_optim.lr))
+        return config, [], 1.0
+
+    def measure(config, num_samples):
+        lr = config.distill.student_optim.lr
+        return dict.fromkeys(coverage_study.KEYS, lr)
+
+    monkeypatch.setattr(coverage_study, "distil", train)
+    monkeypatch.setattr(coverage_study, "measured", measure)
+    figures = coverage_study.run(0, tmp_path)
+    per_method = len(coverage_study.LEARNING_RATES) + coverage_study.NUM_SEEDS - 1
+    assert len(trained) == per_method * len(coverage_study.METHODS)
+    best = min(coverage_study.LEARNING_RATES)
+    assert all(row["lr"] == best and row["recall"] == best for row in figures["rows"])
+    assert coverage_study.run(0, tmp_path) == figures
+    assert len(trained) == per_method * len(coverage_study.METHODS)
+
+
+def test_distance_summary_is_start_peak_and_end():
+    curve = [0.0, *[1.0] * 10, *[3.0] * 10, *[2.0] * 10]
+    assert distance.summary(curve) == (0.0, 3.0, 2.0)
+
+
+class OneNumber:
+    """A study of no duration."""
+
+    __doc__ = "What is looked at."
+    CLAIM = "it is positive"
+    RULE = "the number is above 0"
+
+    @staticmethod
+    def run(seed, folder):
+        return {"number": seed + 1}
+
+    @staticmethod
+    def draw(figures, path):
+        path.write_bytes(b"picture")
+
+    @staticmethod
+    def judge(figures):
+        return Verdict.of(figures["number"] > 0, f"the number is {figures['number']}")
+
+
+def test_study_all_runs_what_is_missing_and_writes_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "STUDIES", {"one": "one", "two": "two"})
+    monkeypatch.setattr(report, "module_of", lambda name: OneNumber)
+    page = tmp_path / "docs" / "studies.md"
+    command = ["study", "all", "--out", str(tmp_path / "results"), "--report", str(page)]
+    assert cli.main(command) == 0
+    text = page.read_text()
+    assert "| [one](#one) | it is positive | confirmed |" in text
+    assert "Here: **confirmed**. The number is 1." in text
+    assert "![two](../results/two.png)" in text and "not testable here" in text
+    document = json.loads((tmp_path / "results" / "one.json").read_text())
+    assert document["study"] == "one" and document["seed"] == 0 and "commit" in document
+    assert cli.main(command) == 0  # nothing is run again
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["study"], "expected mfd-fast study NAME|all"),
+        (["study", "cots"], "unknown study 'cots'; .*did you mean 'cost'"),
+        (["study", "cost", "--report", "x.md"], "--report belongs to mfd-fast study all"),
+        (["study", "cost", "--sead", "1"], "unknown option '--sead'.*did you mean '--seed'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(argv, message, capsys, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) or message in error
+    assert len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_study_that_was_run_is_not_overwritten(tmp_path):
+    (tmp_path / "cost.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cost\.json exists; move it away, or choose another"):
+        report.run_study("cost", tmp_path)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_its_parts(name):
+    module = report.module_of(name)
+    assert all(callable(getattr(module, part)) for part in ("run", "draw", "judge"))
+    assert module.CLAIM and module.RULE and module.__doc__
