@@ -10,8 +10,13 @@ def study(argv: list[str]) -> None:
     name, rest = positional(argv, "study", "NAME|all")
     given, rest = options(rest, out="runs/studies", report="", seed=0)
     no_more(rest, ("--out", "--report", "--seed"))
-    from studies.report import module_of, run_all, run_study, write_report
-
+    try:
+        from studies.report import module_of, run_all, run_study, write_report
+    except ImportError as error:
+        raise ValueError(
+            f"the studies are in the repository, not in the installed package ({error}): run "
+            "mfd-fast study in a checkout"
+        ) from None
     folder = Path(given.out)
     if name == "all":
         run_all(folder, seed=given.seed)
