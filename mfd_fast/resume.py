@@ -30,7 +30,6 @@ from mfd_fast.trainer import Progress
 
 # Settings that may change but change the order in which numbers are added.
 CHANGES_ROUNDING = (
-    "train.capture",
     "train.float8",
     "train.activation",
     "train.shard",
