@@ -44,7 +44,8 @@ def _other(module: str, name: str, package: str, **extra) -> Callable:
             cls = getattr(importlib.import_module(module), name)
         except ImportError as error:
             raise ImportError(
-                f"kind needs {package}, which does not import here: {error}"
+                f"kind {config.kind} needs {package}, which does not import here ({error}): "
+                f"pip install {package}, or take kind adamw"
             ) from None
         return cls(
             parameters,

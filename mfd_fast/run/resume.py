@@ -31,7 +31,6 @@ from mfd_fast.run.loop import Progress
 
 # Settings that may change but change the order in which numbers are added.
 CHANGES_ROUNDING = (
-    "train.capture",
     "train.float8",
     "train.activation",
     "train.shard",

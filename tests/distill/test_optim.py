@@ -38,7 +38,7 @@ def test_other_packages_are_made_from_the_same_settings(kind, module, name, monk
 def test_a_missing_package_is_named(kind, monkeypatch):
     for module in ("bitsandbytes", "torchao", "apex"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"kind needs .* which does not import here"):
+    with pytest.raises(ImportError, match=r"kind .* needs .* which does not import here"):
         make_optimizer(weights(), OptimConfig(kind=kind))
 
 

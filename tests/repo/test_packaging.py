@@ -185,6 +185,7 @@ def test_architectures_are_those_that_nvcc_knows(known, wanted, archs, tmp_path)
     nvcc = fake_nvcc(tmp_path, "12.4", *known)
     script = tmp_path / "say.cmake"
     script.write_text(
+        "cmake_minimum_required(VERSION 3.18)\n"
         f'include({ROOT}/cmake/cuda_archs.cmake)\nmessage(NOTICE "${{archs}}\n${{gencode}}")\n'
     )
     done = run("cmake", f"-DMFD_NVCC={nvcc}", f"-DMFD_CUDA_ARCHS={wanted}", "-P", script, cwd=ROOT)

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors.torch import save_file
 
 from mfd_fast.files.plain import read_json
-from mfd_fast.files.whole import written
 from mfd_fast.hub import fetch
 from mfd_fast.models.sana.loading import (
     CONFIG,
@@ -47,7 +46,7 @@ def save_merged(
     Args:
         network: with everything merged.
         config: the checkpoint's own transformer/config.json.
-        out: a folder that does not exist yet; it appears whole or not at all.
+        out: a folder that does not exist yet (of ``files.written``, to appear whole or not).
         base: the teacher's folder, or its model id on the hub, of which the rest is fetched.
         revision, variant: as for ``load_sana_transformer``.
 
@@ -58,15 +57,13 @@ def save_merged(
     out, folder = Path(out), _whole(base, revision, variant)
     if folder.resolve() in out.resolve().parents:
         raise ValueError(f"{out} lies in the checkpoint that it copies; choose another with --out")
-    with written(out) as partial:
-        _copy_folder(folder, partial, variant)
-        (partial / SUBFOLDER).mkdir()
-        state = {
-            name: tensor.cpu().contiguous().clone() for name, tensor in network.state_dict().items()
-        }
-        weights = partial / SUBFOLDER / f"{STEM}{SAFETENSORS}"
-        save_file(state, weights, metadata={"format": "pt"})
-        (partial / SUBFOLDER / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+    _copy_folder(folder, out, variant)
+    (out / SUBFOLDER).mkdir()
+    state = {
+        name: tensor.cpu().contiguous().clone() for name, tensor in network.state_dict().items()
+    }
+    save_file(state, out / SUBFOLDER / f"{STEM}{SAFETENSORS}", metadata={"format": "pt"})
+    (out / SUBFOLDER / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
     return out / SUBFOLDER
 
 

@@ -178,9 +178,9 @@ def first_name(folder):
         ),
         (
             lambda f: edit_config(f, num_layers="2"),
-            "num_layers must be a whole number .*got '2'",
+            "num_layers must be a whole number, got '2'",
         ),
-        (lambda f: edit_config(f, mlp_ratio="2"), "mlp_ratio must be a number > 0, got '2'"),
+        (lambda f: edit_config(f, mlp_ratio="2"), "mlp_ratio must be a number, got '2'"),
         (lambda f: cut_short(shards(f)[0]), "00001-of-.* is not a complete safetensors file"),
         (lambda f: cut_short(f / "transformer" / "config.json"), "config.json is not JSON"),
         (
