@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfd_fast.files.whole import first_line
 from mfd_fast.metrics.frechet import frechet_distance
-from mfd_fast.metrics.precision_recall import precision_recall
+from mfd_fast.metrics.manifold import precision_recall
 from mfd_fast.metrics.pretrained import (
     ImageProcessor,
     check_images,

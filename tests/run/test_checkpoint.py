@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import assert_same, largest_file, make_checkpointer, make_distiller, next_cond
 
-from mfd_fast.files.whole import whole as files
+from mfd_fast.files import whole as files
 from mfd_fast.run import checkpoint
 from mfd_fast.run import checkpoint_writer as checkpointer
 from mfd_fast.run.checkpoint import (
