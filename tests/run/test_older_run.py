@@ -14,8 +14,8 @@ OLDER = Path(__file__).parents[1] / "data" / "older_run"
 
 def test_an_older_run_is_continued(tmp_path):
     """Made by ``mfd-fast distill sana-tiny --train.updates 2 --train.checkpoint-every 1
-    --distill.aux-updates 1 --sana.rank 2 --sana.alpha 2``, before modules had rooms.  On the machine
-    that wrote it the end is the same bit for bit; here it may round otherwise.
+    --distill.aux-updates 1 --sana.rank 2 --sana.alpha 2``, before modules had rooms.  The end is
+    the same bit for bit on the machine that wrote it; here it may round otherwise.
     """
     run = tmp_path / "run"
     shutil.copytree(OLDER, run)
