@@ -152,7 +152,8 @@ class TrainedRoles:
     @property
     def num_updates(self) -> dict[str, int]:
         """Updates so far of ``"aux"`` and ``"student"``, trained or not; skipped ones count."""
-        return dict.fromkeys(TRAINED, 0) | {role: of.num_updates for role, of in self.trained.items()}
+        found = {role: trained.num_updates for role, trained in self.trained.items()}
+        return dict.fromkeys(TRAINED, 0) | found
 
     @property
     def skipped_in_a_row(self) -> dict[str, Tensor]:
