@@ -32,7 +32,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from bench.sana_sizes import SIZES, Published, Size, make_prompts, make_transformer
-from mfd_fast.distill.distiller import no_phase
+from mfd_fast.distill.phases import no_phase
 
 GRID = 1000
 AUX, STUDENT = "aux", "student"

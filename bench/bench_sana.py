@@ -30,7 +30,7 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.distill.config import OptimConfig
-from mfd_fast.distill.mfd import MeanFlowDistillation
+from mfd_fast.distill.objectives import MeanFlowDistillation
 from mfd_fast.flow.solvers import SolverTable, plan
 from mfd_fast.models.sana import SanaConfig, SanaNetwork
 from mfd_fast.models.sana.text.trim import trim_text

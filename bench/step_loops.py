@@ -19,7 +19,7 @@ from mfd_fast.cost.cycle import INTEGRATE, adapter_share
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.mfd import MeanFlowDistillation
+from mfd_fast.distill.objectives import MeanFlowDistillation
 from mfd_fast.flow.solvers import SolverTable, plan
 
 INTERVAL = (0.6, 0.4)  # ten steps of .02; the SANA preset's own draws ask for 8.6 on average

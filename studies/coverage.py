@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from mfd_fast.distill.config import ObjectiveName
+from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.files.whole import write_text
 from mfd_fast.run.config import RunConfig
 from studies.digits_runs import (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Generator
 
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.distill.objectives import make_objective
 from studies.digits_runs import mean_and_spread
 from studies.plots import COLOURS, Figure, titled
 from studies.toy_runs import distance_to_teacher, distil_toy, toy_config

@@ -1,5 +1,5 @@
 """What the methods that MFD is compared with share: the view that one update has of its networks,
-data and random numbers, and the interface they fill in.  ``comparison.py`` drives them.
+data and random numbers, and the interface they fill in.  ``distiller.py`` drives them.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mfd_fast.backbones.lanes import AUX, CopiedBackbone, Prepared, trajectory_lanes
+from mfd_fast.baselines.config import ComparisonConfig
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.objectives import Metrics
 from mfd_fast.flow.integrate import generate, integrate
@@ -120,19 +121,30 @@ class Batch:
         return t, s
 
 
-class ComparedObjective:
+class Needs:
+    """What a method needs of a run; here: what mfd and vsd do."""
+
+    roles: tuple[str, ...] = ("aux", "student")
+    """What it trains, in the order of a cycle."""
+    sampler = "flow"
+    """How its student takes K steps (``sampling.few_step``)."""
+    uses_data = False
+    """Whether the condition of an update is a pair (samples of the data, condition)."""
+    second_time = False
+    """Whether its student takes the end of the step as a second time."""
+
+
+class ComparedObjective(Needs):
     """An objective that sees a whole :class:`Batch`; most train the student alone, on data.
 
-    A subclass says what it needs (see ``base.Objective``) and overrides ``student_loss``; with an
-    auxiliary also ``aux_loss``.
+    A subclass says what it needs and overrides ``student_loss``; with an auxiliary also
+    ``aux_loss``.
     """
 
-    roles: tuple[str, ...] = ("student",)
-    sampler = "flow"
+    roles = ("student",)
     uses_data = True
-    second_time = False
 
-    def __init__(self, config: DistillConfig):
+    def __init__(self, config: ComparisonConfig):
         self.config = config
         self.schedule = uniform_schedule(config.student_steps)
 

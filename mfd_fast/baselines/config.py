@@ -1,8 +1,11 @@
-"""Settings that one objective alone reads; ``distill.NAME.KEY`` in a config."""
+"""The settings of all methods: those of MFD, and what one other method alone reads
+(``distill.NAME.KEY`` in a config).
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+from mfd_fast.distill.config import DistillConfig
 from mfd_fast.settings import (
     MAX_INT,
     CountOrOff,
@@ -85,3 +88,28 @@ class ImmSettings(Settings):
     """M: samples of a batch that share (s, t) and are compared as sets."""
     decrement_power: Annotated[int, Range(">= 1", 1, 60)] = 12
     """r lies below t by 1/2^k of the range of t / (1 - t)."""
+
+
+ObjectiveName = Literal["mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(DistillConfig):
+    """Mean Flow Distillation, or one of the methods that it is compared with."""
+
+    objective: ObjectiveName = "mfd"
+    """Gradient of the student: mean velocities over [r, t] (mfd), instantaneous ones at t (vsd),
+    or one of the methods that MFD is compared with.
+    """
+    dmd2: Dmd2Settings = field(default_factory=Dmd2Settings)
+    """dmd2 and senseflow only: the adversarial part."""
+    senseflow: SenseFlowSettings = field(default_factory=SenseFlowSettings)
+    """senseflow only."""
+    cd: CdSettings = field(default_factory=CdSettings)
+    """cd only."""
+    ayf: AyfSettings = field(default_factory=AyfSettings)
+    """ayf only."""
+    meanflow: MeanFlowSettings = field(default_factory=MeanFlowSettings)
+    """meanflow only."""
+    imm: ImmSettings = field(default_factory=ImmSettings)
+    """imm only."""

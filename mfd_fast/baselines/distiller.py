@@ -1,19 +1,23 @@
-"""Updates of the objectives that MFD is compared with: the same loop, optimizers, averages and
-state as ``Distiller``; the objective sees more than the student's samples.
+"""Updates of the methods that MFD is compared with: the same cycle, optimizers, EMA and state as
+``Distiller``; the objective sees more than the student's samples.
 """
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mfd_fast.backbones.lanes import CopiedBackbone, Prepared
-from mfd_fast.baselines.batch import Batch, ComparedObjective, Features, Fields
+from mfd_fast.baselines.batch import Batch, Features, Fields
+from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.baselines.objectives import make_objective
 from mfd_fast.baselines.sampling import few_step
-from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.distill.ranks import Ranks, ranks_of
+from mfd_fast.flow.times import Schedule
 
 
 class ComparisonDistiller(Distiller):
@@ -27,37 +31,37 @@ class ComparisonDistiller(Distiller):
     condition).  ``ValueError`` for a backbone that is not a ``CopiedBackbone``.
     """
 
-    objective: ComparedObjective
-
     def __init__(
         self,
         backbone: CopiedBackbone,
-        config: DistillConfig,
-        *args: Any,
+        config: ComparisonConfig,
+        optimizers: Mapping[str, Optimizer] | None = None,
+        *,
+        schedule: Schedule | None = None,
+        ranks: Ranks | None = None,
         features: tuple[Features, int] | None = None,
-        **kwargs: Any,
     ):
+        name = config.objective
         if not isinstance(backbone, CopiedBackbone):
             raise ValueError(
-                f"distill.objective={config.objective!r} trains full copies of a network; expected "
+                f"distill.objective={name!r} trains full copies of a network; expected "
                 f"a CopiedBackbone, got {type(backbone).__name__}"
             )
-        self._features = features
-        super().__init__(backbone, config, *args, **kwargs)
-
-    def _bind_objective(self) -> ComparedObjective:
-        if self.ranks.world > 1:
+        ranks = ranks_of(backbone) if ranks is None else ranks
+        if ranks.world > 1:
             raise ValueError(
-                f"distill.objective={self.config.objective!r} trains in one process; got "
-                f"{self.ranks.world} ranks: start it without torchrun"
+                f"distill.objective={name!r} trains in one process; got {ranks.world} ranks: start "
+                "it without torchrun"
             )
-        objective = make_objective(self.config)
-        objective.bind(self.backbone, self._features)
+        objective = make_objective(config)
+        objective.bind(backbone, features)
         if "aux" not in objective.roles:
-            self.backbone.aux = torch.nn.Identity()  # a copy that nobody trains: let it go
-        return objective
+            backbone.aux = nn.Identity()  # a copy that nobody trains: let it go
+        super().__init__(
+            backbone, config, optimizers, schedule=schedule, ranks=ranks, objective=objective
+        )
 
-    def parameters_of(self, role: str) -> list[Tensor]:
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
         return super().parameters_of(role) + self.objective.parameters_of(role)
 
     def _batch(self, cond: Any) -> Batch:

@@ -19,11 +19,11 @@ def dry_run(config: RunConfig, out: Path) -> None:
     """
     import torch
 
+    from mfd_fast.baselines.objectives import needs_of
     from mfd_fast.cost import devices
     from mfd_fast.cost.estimate import estimate
     from mfd_fast.cost.measured import efficiency_here
     from mfd_fast.cost.table import text
-    from mfd_fast.distill.registry import make_objective
     from mfd_fast.models.shapes import meta_model
     from mfd_fast.models.tasks import make_task
     from mfd_fast.run.maker import run_is_captured
@@ -37,7 +37,7 @@ def dry_run(config: RunConfig, out: Path) -> None:
     for remark in task.remarks(config.num_eval_samples):
         found["note"] = remark
     scratch = torch.zeros(SCRATCH, device=task.device)
-    check_optimizers(config.distill, dict.fromkeys(make_objective(config.distill).roles, scratch))
+    check_optimizers(config.distill, dict.fromkeys(needs_of(config.distill).roles, scratch))
     model = meta_model(config)
     rows = {"device": device_of(task.device), **plan_of(config, out, task.device), **found}
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}

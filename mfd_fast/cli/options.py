@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.cli.numbers import count
-from mfd_fast.distill.config import DistillConfig
 from mfd_fast.models.presets import PRESETS, preset, with_file, with_memory
 from mfd_fast.run.config import RunConfig, from_dict, nearest, to_dict, with_absolute_paths
 
@@ -71,7 +70,7 @@ def preset_config(name: str, argv: list[str], command: str) -> RunConfig:
         base = with_file(base, Path(own.config))
     if own.objective:
         distill = to_dict(base.distill) | {"objective": own.objective}
-        base = replace(base, distill=from_dict(DistillConfig, distill, "distill."))
+        base = replace(base, distill=from_dict(type(base.distill), distill, "distill."))
     rest = [_long_name(word, base.SHORT) for word in rest]
     config = parse_config(base, rest, f"mfd-fast {command} {name}")
     if config.preset != name:

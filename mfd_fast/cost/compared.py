@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.backbones.lanes import CopiedBackbone, Prepared, trajectory_lanes
+from mfd_fast.backbones.lanes import CopiedBackbone, Prepared, in_parts, trajectory_lanes
 from mfd_fast.baselines.batch import Batch, Fields
 from mfd_fast.baselines.distiller import ComparisonDistiller
 from mfd_fast.cost.cycle import (
@@ -65,7 +65,7 @@ class MetaComparison(Traced, ComparisonDistiller):
 
     def part(self, role: str, cond: Any) -> None:
         """Forward and backward of the first micro-batch of an update of the role."""
-        part = self._parts(cond)[0]
+        part = in_parts(cond, self.config.micro_batches)[0]
         if role == "aux":
             self._aux_backward(part, self._draw_aux_times(part))
         else:

@@ -20,7 +20,7 @@ from mfd_fast.cost.operators import stored_bytes
 from mfd_fast.cost.trace import Memory, Op, Trace, Work
 from mfd_fast.distill.config import DistillConfig, OptimConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import IntervalObjective, make_objective
+from mfd_fast.distill.objectives import OBJECTIVES, make_objective
 from mfd_fast.flow.integrate import Trajectories
 from mfd_fast.flow.solvers import SolverTable, plan
 from mfd_fast.flow.times import Schedule
@@ -80,7 +80,7 @@ class Traced:
     """A distiller whose phases and optimizer steps can be charged to a trace."""
 
     def _make_optimizer(self, role: str) -> Optimizer:
-        return MetaOptimizer(self.parameters_of(role), self._optim(role))
+        return MetaOptimizer(self.parameters_of(role), self.config.optim_of(role))
 
     def listen(self, trace: Trace) -> None:
         """Charge phases and optimizer steps to ``trace``."""
@@ -163,7 +163,7 @@ def trace_cycle(model: MetaModel, config: DistillConfig, batch: int) -> CycleCos
 
 def is_interval(config: DistillConfig) -> bool:
     """Whether ``Distiller`` trains by the objective: captured, and in many processes, if asked."""
-    return isinstance(make_objective(config), IntervalObjective)
+    return config.objective in OBJECTIVES
 
 
 @lru_cache(maxsize=64)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from mfd_fast.backbones.lanes import FixedRows, batch_size
+from mfd_fast.backbones.lanes import FixedRows, batch_size, in_parts
 from mfd_fast.backbones.networks import evaluating
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.graphs import CapturedStep, CudaGraph, Graph
+from mfd_fast.distill.objectives import OBJECTIVES
 from mfd_fast.distill.optim import is_capturable
-from mfd_fast.distill.registry import IntervalObjective, make_objective
 from mfd_fast.flow.integrate import Trajectories
 from mfd_fast.flow.solvers import EVALUATIONS_PER_STEP, SolverTable, plan
 
@@ -36,7 +36,7 @@ MAX_SHAPES = 16  # of the condition that get graphs; updates of others run as th
 
 def why_eager(config: DistillConfig, device: str, *, is_sharded: bool = False) -> str:
     """Why the updates of ``config`` on ``device`` cannot be captured as CUDA graphs, or nothing."""
-    if not isinstance(make_objective(config), IntervalObjective):
+    if config.objective not in OBJECTIVES:
         return f"distill.objective={config.objective!r} cannot be captured"
     if is_sharded:
         return "train.shard fsdp gathers weights in every update"
@@ -129,15 +129,15 @@ class CapturedDistiller(Distiller):
         static = self._static_of(cond)
         if static is None:
             return super().aux_step(cond)
-        self._set_lr("aux")
+        self.trained["aux"].set_lr()
         run = self._captured(static, "aux", self._update_graph, self._aux_phase)
         losses = []
-        for part in self._parts(cond):
+        for part in in_parts(cond, self.config.micro_batches):
             with self.phase("aux/update"):
                 loss, metrics = run(part, self._draw_aux_times(part))
             losses.append(loss.clone())
         metrics = metrics or self._apply_after("aux")
-        self.num_updates["aux"] += 1
+        self.trained["aux"].num_updates += 1
         loss = torch.stack(losses).mean() if losses[1:] else losses[0]
         return _kept(metrics) | {"aux_loss": loss}
 
@@ -149,14 +149,15 @@ class CapturedDistiller(Distiller):
         static = self._static_of(cond)
         if static is None:
             return super().student_step(cond)
-        self._set_lr("student")
-        parts = [_kept(self._student_phases(static, part)) for part in self._parts(cond)]
+        self.trained["student"].set_lr()
+        parts = in_parts(cond, self.config.micro_batches)
+        parts = [_kept(self._student_phases(static, part)) for part in parts]
         metrics = parts[0]
         if parts[1:]:
             metrics = {name: torch.stack([m[name] for m in parts]).mean() for name in metrics}
         if not self._is_one_graph("student"):
             metrics |= _kept(self._apply_after("student"))
-        self.num_updates["student"] += 1
+        self.trained["student"].num_updates += 1
         return metrics
 
     def _student_phases(self, static: _Static, part: Any) -> dict[str, Tensor]:
@@ -247,7 +248,7 @@ class CapturedDistiller(Distiller):
         """Generate with gradient, noise to t, put both trajectories at x_t."""
         _, x0, noise = self._student_samples(cond, step)
         static.x_t = self.objective.noised(x0, noise, static.times[0])
-        static.saturation = self._saturation
+        static.saturation = self._saturation(x0)
         with torch.no_grad():
             static.moving.start(self.objective.starts(static.x_t))
             static.row.zero_()

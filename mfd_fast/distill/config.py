@@ -3,14 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from mfd_fast.baselines.config import (
-    AyfSettings,
-    CdSettings,
-    Dmd2Settings,
-    ImmSettings,
-    MeanFlowSettings,
-    SenseFlowSettings,
-)
 from mfd_fast.settings import (
     Count,
     CountOrOff,
@@ -27,7 +19,6 @@ from mfd_fast.settings import (
 
 Distribution = Literal["logit_normal", "uniform"]
 SolverName = Literal["euler", "heun", "ab2", "dpmpp_2m"]
-ObjectiveName = Literal["mfd", "vsd", "dmd2", "senseflow", "cd", "ayf", "meanflow", "imm", "reflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +47,8 @@ class DistillConfig(Settings):
 
     SECTION: ClassVar[str] = "distill."
 
-    objective: ObjectiveName = "mfd"
-    """Gradient of the student: mean velocities over [r, t] (mfd), instantaneous ones at t (vsd),
-    or one of the methods that MFD is compared with.
-    """
+    objective: Literal["mfd", "vsd"] = "mfd"
+    """Gradient of the student: mean velocities over [r, t] (mfd), instantaneous ones at t (vsd)."""
     guidance: Number = 4.5
     """Classifier-free guidance scale of the teacher; the auxiliary is never guided."""
     step_size: Positive = 0.02
@@ -108,18 +97,6 @@ class DistillConfig(Settings):
     """Initial loss scale for fp16 networks, adapted on the device; 0: off."""
     ema_decay: Decay = 0.0
     """Decay of the exponential moving average of the student's weights; 0: no average."""
-    dmd2: Dmd2Settings = field(default_factory=Dmd2Settings)
-    """dmd2 and senseflow only: the adversarial part."""
-    senseflow: SenseFlowSettings = field(default_factory=SenseFlowSettings)
-    """senseflow only."""
-    cd: CdSettings = field(default_factory=CdSettings)
-    """cd only."""
-    ayf: AyfSettings = field(default_factory=AyfSettings)
-    """ayf only."""
-    meanflow: MeanFlowSettings = field(default_factory=MeanFlowSettings)
-    """meanflow only."""
-    imm: ImmSettings = field(default_factory=ImmSettings)
-    """imm only."""
     sample_bound: Positive = 4.0
     """Values of a sample beyond this magnitude count as saturated; reported, never changed."""
     seed: Seed = 0

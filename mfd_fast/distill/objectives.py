@@ -1,6 +1,8 @@
-"""The interface of an objective, and the family that compares trajectories over [r, t]."""
+"""What moves the student: teacher and auxiliary are compared over intervals [r, t].
 
-from typing import Protocol
+mfd    mean velocities over random intervals (Mean Flow Distillation, Eq. 15-20)
+vsd    instantaneous velocities: the limit r = t (variational score distillation)
+"""
 
 import torch
 from torch import Generator, Tensor
@@ -8,36 +10,11 @@ from torch import Generator, Tensor
 from mfd_fast.backbones.lanes import Backbone, Prepared, trajectory_lanes
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.flow.integrate import integrate
-from mfd_fast.flow.solvers import SolverTable
-from mfd_fast.flow.times import on_grid, sample_times
+from mfd_fast.flow.solvers import SolverTable, plan
+from mfd_fast.flow.times import on_grid, sample_time_pairs, sample_times
 from mfd_fast.ops import interpolate, mfd_loss_from_ends
 
 Metrics = dict[str, Tensor]
-
-
-class Objective(Protocol):
-    """Turns the student's samples into a loss whose gradient moves them.
-
-    roles: what it trains, in the order of a cycle.
-    sampler: how its student takes K steps (``sampling.few_step``).
-    uses_data: whether the condition of an update is a pair (samples of the data, condition).
-    second_time: whether its student takes the end of the step as a second time.
-    """
-
-    roles: tuple[str, ...]
-    sampler: str
-    uses_data: bool
-    second_time: bool
-
-    def draw(self, batch: int, generator: Generator) -> SolverTable:
-        """The times of one update; host random numbers only."""
-        ...
-
-    def student_loss(
-        self, backbone: Backbone, prepared: Prepared, x0: Tensor, noise: Tensor, table: SolverTable
-    ) -> tuple[Tensor, Metrics]:
-        """Loss ``[]`` (differentiable in x0 ``[B, *S]``) and metrics, all on the device."""
-        ...
 
 
 class IntervalObjective:
@@ -49,15 +26,14 @@ class IntervalObjective:
     that each can be one CUDA graph (``captured.py``); ``student_loss`` is their composition.
     """
 
-    roles = ("aux", "student")
-    sampler = "flow"
-    uses_data = second_time = False
+    roles = ("aux", "student")  # what it trains, in the order of a cycle
 
     def __init__(self, config: DistillConfig):
         self.config = config
         self.lanes = trajectory_lanes(config.guidance)
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
+        """The intervals of one update; host random numbers only."""
         raise AssertionError("a subclass of IntervalObjective draws its own intervals")
 
     def weight(self, t: Tensor) -> Tensor | None:
@@ -81,7 +57,10 @@ class IntervalObjective:
         loss, distance, _ = mfd_loss_from_ends(x_t, ends[:, 0], ends[:, 1], span, self.weight(t))
         return loss, {"student_loss": loss.detach(), "distance": distance.detach().mean()}
 
-    def student_loss(self, backbone, prepared, x0, noise, table) -> tuple[Tensor, Metrics]:
+    def student_loss(
+        self, backbone: Backbone, prepared: Prepared, x0: Tensor, noise: Tensor, table: SolverTable
+    ) -> tuple[Tensor, Metrics]:
+        """Loss ``[]`` (differentiable in x0 ``[B, *S]``) and metrics, all on the device."""
         t = table.times[0]
         x_t = self.noised(x0, noise, t)
         with torch.no_grad():
@@ -94,6 +73,69 @@ class IntervalObjective:
                 dtype=backbone.dtype,
             )
         return self.loss(x_t, ends, t, table.span)
+
+
+class MeanFlowDistillation(IntervalObjective):
+    """Mean Flow Distillation: u = (x_t - Phi(x_t; t -> r)) / (t - r) at teacher and auxiliary.
+
+    Pairs (t, r) are two independent draws; every sample has its own number of steps.
+    """
+
+    def draw(self, batch: int, generator: Generator) -> SolverTable:
+        """Pairs are independent of the samples, so they are sorted, never the samples."""
+        config = self.config
+        t, r = sample_time_pairs(
+            batch,
+            config.time_distribution,
+            mean=config.time_mean,
+            std=config.time_std,
+            equal_fraction=config.equal_fraction,
+            min_interval=config.min_interval,
+            max_interval=config.max_interval,
+            generator=generator,
+        )
+        table = plan(
+            t, r, step_size=config.step_size, solver=config.solver, grid=config.grid or None
+        )
+        return table.assigned_in_order()
+
+
+class VariationalScoreDistillation(IntervalObjective):
+    """Variational score distillation in velocity form (Diff-Instruct): MFD at r = t, one
+    evaluation per lane.
+
+        d loss / d x_t = w(t) (v_T - v_A) / numel
+
+    w = 1 is the velocity form the MFD paper compares with; ``score_weighting`` takes
+    w = (1 - t)/t, the score difference of the KL form.
+    """
+
+    def draw(self, batch: int, generator: Generator) -> SolverTable:
+        config = self.config
+        t = sample_times(
+            batch,
+            config.time_distribution,
+            mean=config.time_mean,
+            std=config.time_std,
+            generator=generator,
+        )
+        return plan(t, t, step_size=config.step_size, grid=config.grid or None)
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        return (1 - t) / t if self.config.score_weighting else None
+
+
+OBJECTIVES = {"mfd": MeanFlowDistillation, "vsd": VariationalScoreDistillation}
+
+
+def make_objective(config: DistillConfig) -> IntervalObjective:
+    """The objective that ``config.objective`` names; ``ValueError`` for one that is not here."""
+    if config.objective not in OBJECTIVES:
+        raise ValueError(
+            f"Distiller trains by interval objectives; for distill.objective="
+            f"{config.objective!r} call make_distiller(backbone, config)"
+        )
+    return OBJECTIVES[config.objective](config)
 
 
 def aux_times(batch: int, config: DistillConfig, generator: Generator) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mfd_fast.distill.config import DistillConfig, OptimConfig
+from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.distill.config import OptimConfig
 from mfd_fast.files.plain import read_yaml
 from mfd_fast.run.config import RunConfig, TrainConfig, from_dict, nearest, to_dict
 from mfd_fast.settings import Count, CountOrOff, Positive, Settings
@@ -173,7 +174,7 @@ SANA_STUDENT = {"guidance": 4.5, "student_steps": 4, "student_solver": "dpmpp_2m
 # Paper, A.3.2: h = .03, logit-normal times, AdamW8bit's default decay, clip .5, 3,000 updates.  It
 # gives no parameters of the logit-normal: those of the official code.
 SANA_PAPER_OPTIM = _sana_optim(1e-2, 0.5)
-SANA_PAPER = DistillConfig(
+SANA_PAPER = ComparisonConfig(
     **SANA_STUDENT,
     step_size=0.03,
     time_mean=-0.4,
@@ -187,7 +188,7 @@ SANA_PAPER = DistillConfig(
 # steps of either role, of which 20 / 70 are the student's.  It had a sample on each of 8 GPUs; this
 # is one GPU, --train.batch-size 8 is all eight.
 SANA_OFFICIAL_OPTIM = _sana_optim(1e-4, 1.0)
-SANA_OFFICIAL = DistillConfig(
+SANA_OFFICIAL = ComparisonConfig(
     **SANA_STUDENT,
     step_size=0.02,
     grid=1000,
@@ -205,7 +206,7 @@ SANA_600M = "Efficient-Large-Model/Sana_600M_1024px_diffusers"
 # names no learning rate: a quarter of the one that the published teacher was trained with on one
 # GPU.
 OCCFM_OPTIM = OptimConfig(lr=2e-5, weight_decay=0.0, warmup_updates=100)
-OCCFM_PAPER = DistillConfig(
+OCCFM_PAPER = ComparisonConfig(
     guidance=2.0, step_size=0.02, student_optim=OCCFM_OPTIM, aux_optim=OCCFM_OPTIM
 )
 # The paper's scale is 10, where the difference of the mean velocities is divided by the 8 x 240,000
@@ -218,7 +219,7 @@ SANA_IMAGES = 16  # behind the result table
 PRESETS: dict[str, RunConfig] = {
     "digits": DigitsRun(
         preset="digits",
-        distill=DistillConfig(
+        distill=ComparisonConfig(
             guidance=2.0,
             step_size=0.05,
             aux_updates=5,
@@ -232,7 +233,7 @@ PRESETS: dict[str, RunConfig] = {
     "cifar10": Cifar10Run(
         preset="cifar10",
         num_eval_samples=10_000,
-        distill=DistillConfig(
+        distill=ComparisonConfig(
             guidance=1.0,
             step_size=0.02,
             ema_decay=0.999,

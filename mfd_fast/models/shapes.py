@@ -15,9 +15,9 @@ from torch import Tensor
 from mfd_fast.backbones.float8 import use_float8
 from mfd_fast.backbones.lanes import Backbone, CopiedBackbone
 from mfd_fast.backbones.networks import names_of
+from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.cost import MetaModel
 from mfd_fast.cost.cycle import is_interval
-from mfd_fast.distill.registry import make_objective
 from mfd_fast.files.plain import read_json
 from mfd_fast.models.tasks import check_samples
 from mfd_fast.run.config import RunConfig
@@ -37,12 +37,12 @@ def meta_model(config: RunConfig) -> MetaModel:
             f"the cost of preset {config.preset!r} cannot be predicted: it offers no shapes; "
             f"those of {sorted(FAMILIES)} are known"
         )
-    model, objective = make(config), make_objective(config.distill)
+    model, needs = make(config), needs_of(config.distill)
     if not is_interval(config.distill):
         _check_compared(config, model.backbone)
-    if "aux" not in objective.roles:
+    if "aux" not in needs.roles:
         model.backbone.aux = torch.nn.Identity()  # a copy that nobody trains
-    if not objective.uses_data:
+    if not needs.uses_data:
         return model
     shape = model.backbone.sample_shape
 
@@ -83,7 +83,7 @@ def cifar10_model(config: RunConfig) -> MetaModel:
     with torch.device("meta"):
         teacher, student = (
             UNet(replace(sizes, second_time=has_second)).eval()
-            for has_second in (False, make_objective(config.distill).second_time)
+            for has_second in (False, needs_of(config.distill).second_time)
         )
     shape = (sizes.channels, sizes.image_size, sizes.image_size)
     backbone = CopiedBackbone(teacher, student=student, sample_shape=shape)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.task import Task
 
@@ -25,8 +25,8 @@ def make_task(config: RunConfig) -> Task:
 
 def check_samples(config: RunConfig) -> None:
     """``ValueError`` if the objective needs samples of the data and the preset gives none."""
-    objective = make_objective(config.distill)
-    if (objective.uses_data or objective.second_time) and config.TASK not in WITH_SAMPLES:
+    needs = needs_of(config.distill)
+    if (needs.uses_data or needs.second_time) and config.TASK not in WITH_SAMPLES:
         raise ValueError(
             f"distill.objective={config.distill.objective!r} needs samples of the data, which "
             f"preset {config.preset!r} does not give: take --objective mfd, or preset digits or "

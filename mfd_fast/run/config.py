@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from mfd_fast.distill.config import DistillConfig
+from mfd_fast.baselines.config import ComparisonConfig
 from mfd_fast.settings import (
     Count,
     CountOrOff,
@@ -117,7 +117,7 @@ class RunConfig(Settings):
     """The pretrained teacher, a file, folder or hub id; empty: the preset's own."""
     num_eval_samples: Count = 2000
     """Samples behind every row of the result table."""
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: ComparisonConfig = field(default_factory=ComparisonConfig)
     """The method."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""

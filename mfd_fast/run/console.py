@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import described
 
@@ -27,7 +27,7 @@ def plan_of(config: RunConfig, out: Path, device: Any) -> dict[str, str]:
     """What runs, with which settings, on which kind of device, into which folder."""
     distill, train = config.distill, config.train
     steps = f"{distill.student_steps} step{'s' * (distill.student_steps != 1)}"
-    has_aux = "aux" in make_objective(distill).roles
+    has_aux = "aux" in needs_of(distill).roles
     aux = f"{distill.aux_updates} auxiliary : " if has_aux else ""
     every = f"every {train.checkpoint_every} student updates" if train.checkpoint_every else "end"
     return {

@@ -6,7 +6,7 @@ from mfd_fast.backbones.lanes import Backbone
 from mfd_fast.distill.captured import CapturedDistiller, why_eager
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import IntervalObjective, make_objective
+from mfd_fast.distill.objectives import OBJECTIVES
 from mfd_fast.run.config import Capture, RunConfig
 
 
@@ -25,7 +25,7 @@ def make_distiller(
     is_sharded = ranks is not None and ranks.is_sharded
     if is_captured(capture, config, backbone.device.type, is_sharded=is_sharded):
         return CapturedDistiller(backbone, config, may_fall_back=capture == "auto", **options)
-    if isinstance(make_objective(config), IntervalObjective):
+    if config.objective in OBJECTIVES:
         return Distiller(backbone, config, **options)
     from mfd_fast.baselines.distiller import ComparisonDistiller  # few runs need it
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mfd_fast.backbones.lanes import Backbone
 from mfd_fast.distill.config import DistillConfig
-from mfd_fast.distill.distiller import TRAINED, Distiller
+from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.optim import make_optimizer, set_lr
 from mfd_fast.distill.ranks import Ranks, local
+from mfd_fast.distill.trained import TRAINED
 from mfd_fast.run.checkpoint import (
     Counts,
     DamagedCheckpointError,

@@ -25,7 +25,7 @@ from mfd_fast import (
     DistillConfig,
     SharedBackbone,
 )
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.distill.objectives import make_objective
 
 from numerics import assert_as_accurate
 

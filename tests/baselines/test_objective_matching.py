@@ -9,10 +9,11 @@ from gaussian import GaussianNetwork
 from torch import nn
 
 from mfd_fast import CopiedBackbone, DistillConfig
-from mfd_fast.baselines.config import Dmd2Settings, SenseFlowSettings
+from mfd_fast.baselines.config import ComparisonConfig, Dmd2Settings, SenseFlowSettings
 from mfd_fast.baselines.distiller import ComparisonDistiller
 from mfd_fast.baselines.dmd2 import normalised_gradient
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.baselines.objectives import needs_of
+from mfd_fast.distill.objectives import make_objective
 from mfd_fast.flow.solvers import plan
 from mfd_fast.run.maker import make_distiller
 
@@ -89,14 +90,14 @@ class ToyTokens(Toy):
 
 def toy_distiller(objective, **settings):
     torch.manual_seed(0)
-    second = make_objective(DistillConfig(objective=objective)).second_time
+    second = needs_of(ComparisonConfig(objective=objective)).second_time
     backbone = CopiedBackbone(
         ToyTokens(),
         student=Toy(second_time=True) if second else None,
         sample_shape=(DIM,),
         null_cond=torch.zeros_like,
     )
-    config = DistillConfig(objective=objective, step_size=0.2, aux_updates=2, **settings)
+    config = ComparisonConfig(objective=objective, step_size=0.2, aux_updates=2, **settings)
     return make_distiller(backbone, config)
 
 
@@ -104,7 +105,7 @@ def condition(distiller, size=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     cond = torch.randn(size, 1, generator=generator)
     pair = (torch.randn(size, DIM, generator=generator), cond)
-    return pair if distiller.objective.uses_data else cond
+    return pair if needs_of(distiller.config).uses_data else cond
 
 
 @pytest.mark.parametrize("objective", ["dmd2", "senseflow"])
@@ -239,7 +240,7 @@ def test_plugged_in_features_are_what_the_discriminator_reads():
         calls.append(x.shape)
         return torch.cat((x, x**2), dim=1)
 
-    config = DistillConfig(objective="senseflow", step_size=0.2, aux_updates=1)
+    config = ComparisonConfig(objective="senseflow", step_size=0.2, aux_updates=1)
     distiller = ComparisonDistiller(backbone, config, features=(features, 2 * DIM))
     for _ in range(2):
         distiller.step(condition(distiller))
@@ -249,7 +250,7 @@ def test_plugged_in_features_are_what_the_discriminator_reads():
 def test_a_network_without_a_middle_is_refused_by_name():
     backbone = CopiedBackbone(GaussianNetwork(dim=DIM), sample_shape=(DIM,))
     with pytest.raises(ValueError, match="GaussianNetwork must have a module `middle`"):
-        make_distiller(backbone, DistillConfig(objective="dmd2"))
+        make_distiller(backbone, ComparisonConfig(objective="dmd2"))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The student's second time, K-step samplers, and what the comparison costs those who do not use
 it."""
 
+import importlib.util
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from gaussian import GaussianNetwork
 from test_objective_matching import ToyTokens, condition, toy_distiller
 
 from mfd_fast import AdapterBank, CopiedBackbone, DistillConfig, Distiller, SharedBackbone
+from mfd_fast.baselines.config import ComparisonConfig, ObjectiveName
 from mfd_fast.baselines.distiller import ComparisonDistiller
+from mfd_fast.baselines.objectives import COMPARED
 from mfd_fast.baselines.sampling import StudentSampler, few_step, renoised_states
 from mfd_fast.baselines.second_time import with_second_time
-from mfd_fast.distill.registry import OBJECTIVES
 from mfd_fast.flow.times import uniform_schedule
 from mfd_fast.models.digits.dit import DiT, DiTConfig, load_dit, save_dit
 from mfd_fast.run.maker import make_distiller
@@ -108,7 +111,7 @@ def test_samples_can_be_repeated(sampler):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("objective", sorted(get_args(ObjectiveName)))
 def test_every_objective_trains_and_samples(objective, steps):
     distiller = toy_distiller(objective, student_steps=steps)
     before = [p.detach().clone() for p in distiller.parameters_of("student")]
@@ -129,9 +132,9 @@ def test_an_objective_without_an_auxiliary_keeps_none():
 def test_the_wrong_engine_says_what_to_call():
     backbone = CopiedBackbone(ToyTokens(), sample_shape=(3,))
     with pytest.raises(ValueError, match=r"objective='cd' call make_distiller"):
-        Distiller(backbone, DistillConfig(objective="cd"))
+        Distiller(backbone, ComparisonConfig(objective="cd"))
     with pytest.raises(ValueError, match=r"'cd' cannot be captured; set train\.capture to auto"):
-        make_distiller(backbone, DistillConfig(objective="cd"), capture="on")
+        make_distiller(backbone, ComparisonConfig(objective="cd"), capture="on")
     assert type(make_distiller(backbone, DistillConfig())) is Distiller
 
 
@@ -141,16 +144,18 @@ def test_a_shared_network_is_refused():
     bank = AdapterBank(network, rank=1, alpha=1.0, targets=("layer",))
     backbone = SharedBackbone(network, adapters=bank, sample_shape=(3,))
     with pytest.raises(ValueError, match="expected a CopiedBackbone, got SharedBackbone"):
-        ComparisonDistiller(backbone, DistillConfig(objective="cd"))
+        ComparisonDistiller(backbone, ComparisonConfig(objective="cd"))
 
 
 def test_import_loads_none_of_the_compared_objectives():
-    new = [name.split(":")[0] for name in OBJECTIVES.values() if name[:3] not in ("mfd", "vsd")]
-    modules = [f"mfd_fast.distill.registry.{name}" for name in (*new, "compared", "sampling")]
+    names = (*COMPARED, "objectives", "batch", "sampling", "distiller")
+    modules = [f"mfd_fast.baselines.{name}" for name in names]
+    assert all(importlib.util.find_spec(module) for module in modules)
     code = (
-        "import sys, torch, mfd_fast; from mfd_fast.distill.registry import make_objective; "
-        "make_objective(mfd_fast.DistillConfig()); "
-        f"print([m for m in {[*modules, 'mfd_fast.baselines.distiller']} if m in sys.modules])"
+        "import sys, torch, mfd_fast; from mfd_fast import CopiedBackbone, DistillConfig; "
+        "backbone = CopiedBackbone(torch.nn.Linear(1, 1), sample_shape=(1,)); "
+        "mfd_fast.make_distiller(backbone, DistillConfig()); "
+        f"print([m for m in {modules} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -31,7 +31,7 @@ from mfd_fast.cost.operators import MEMORY_BOUND, PRODUCTS
 from mfd_fast.cost.table import text
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.distill.objectives import make_objective
 from mfd_fast.models.presets import preset
 from mfd_fast.models.shapes import meta_model
 

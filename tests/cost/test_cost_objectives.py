@@ -11,17 +11,16 @@ from counting import torchs_counter
 
 from mfd_fast import cli
 from mfd_fast.baselines.distiller import ComparisonDistiller
+from mfd_fast.baselines.objectives import COMPARED, needs_of
 from mfd_fast.baselines.second_time import with_second_time
 from mfd_fast.cli.built import built
 from mfd_fast.cost import Trace, trace_cycle
 from mfd_fast.cost.compared import STUDENT_UPDATES, followed_draws, trace_compared
 from mfd_fast.cost.measured import measured_phases
-from mfd_fast.distill.registry import OBJECTIVES, make_objective
 from mfd_fast.models.cifar10.unet import UNet, UNetConfig, save_unet
 from mfd_fast.models.presets import preset
 from mfd_fast.models.shapes import meta_model
 
-COMPARED = [name for name in OBJECTIVES if name not in ("mfd", "vsd")]
 ALONE = ("cd", "ayf", "meanflow", "imm", "reflow")  # train the student alone
 BATCH, CYCLES = 8, 2
 
@@ -76,7 +75,7 @@ def test_operations_of_a_unet_are_those_of_real_updates(objective, tmp_path):
 
     distiller = ComparisonDistiller(Cifar10Task(config).backbone(), distill)
     cond = torch.empty(BATCH, 0)
-    if make_objective(distill).uses_data:
+    if needs_of(distill).uses_data:
         cond = (torch.zeros(BATCH, 3, 8, 8), cond)
     with torchs_counter() as counter:
         cycles_of(distill, distiller, lambda _: cond)

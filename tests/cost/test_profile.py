@@ -11,8 +11,8 @@ from small_networks import SAMPLE_SHAPE, ImageNetwork, image_inputs
 from mfd_fast import CopiedBackbone, cli
 from mfd_fast.cost.profile import OUTSIDE, family, profile_cycles, summary
 from mfd_fast.distill.config import DistillConfig
-from mfd_fast.distill.distiller import Distiller, no_phase
-from mfd_fast.distill.phases import PhaseTimer
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.distill.phases import PhaseTimer, no_phase
 
 PHASES = [
     *("aux/generate", "aux/forward", "aux/backward", "aux/optimizer"),

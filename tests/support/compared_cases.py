@@ -6,9 +6,10 @@ import torch
 from gaussian import GaussianFlow
 from torch import Generator, nn
 
-from mfd_fast import CopiedBackbone, DistillConfig
+from mfd_fast import CopiedBackbone
 from mfd_fast.baselines.batch import Batch, Fields
-from mfd_fast.distill.registry import make_objective
+from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.baselines.objectives import make_objective
 
 DIM = 3
 FLOW = GaussianFlow(mean=0.3, std=0.5)
@@ -63,7 +64,7 @@ def data(size, seed=0):
 
 def make_case(name, student, size=16, teacher=None, aux=None, update=0, **settings):
     """The objective, bound to a backbone, and one batch of data; times are float64 too."""
-    config = DistillConfig(objective=name, guidance=1.0, **settings)
+    config = ComparisonConfig(objective=name, guidance=1.0, **settings)
     objective = make_objective(config)
     backbone = exact_backbone(student, teacher, aux)
     objective.bind(backbone, None)

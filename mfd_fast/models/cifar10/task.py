@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from mfd_fast.backbones.lanes import CopiedBackbone
+from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.baselines.sampling import StudentSampler
 from mfd_fast.baselines.second_time import with_second_time
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import make_objective
 from mfd_fast.flow.solvers import to_device
 from mfd_fast.metrics.image_features import FEATURES, distribution_scores, few_samples
 from mfd_fast.models.cifar10.data import load_cifar10, to_unit_range
@@ -76,7 +76,7 @@ class Cifar10Task:
         return few_samples(num_samples, self._features.size)
 
     def backbone(self) -> CopiedBackbone:
-        takes_second_time = make_objective(self.config.distill).second_time
+        takes_second_time = needs_of(self.config.distill).second_time
         return CopiedBackbone(
             self.teacher,
             student=with_second_time(self.teacher) if takes_second_time else None,
@@ -159,7 +159,7 @@ class Cifar10Task:
         return FEATURES[settings.features](settings.features_model, device=self.device)
 
     def _uses_data(self) -> bool:
-        return make_objective(self.config.distill).uses_data
+        return needs_of(self.config.distill).uses_data
 
     def _images(self) -> Tensor:
         if not self.config.cifar10.data:
@@ -194,7 +194,7 @@ class Cifar10Task:
         distill = self.config.distill
         model = load_unet(run / STUDENT).to(self.device)
         name = sampler_name("student", distill.student_steps)
-        return {name: StudentSampler(model, distill, make_objective(distill).sampler)}
+        return {name: StudentSampler(model, distill, needs_of(distill).sampler)}
 
 
 def to_bytes(images: Tensor) -> Tensor:

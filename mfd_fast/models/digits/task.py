@@ -9,10 +9,10 @@ from torch import Generator, Tensor
 
 from mfd_fast.backbones.activation import apply_activation_policy
 from mfd_fast.backbones.lanes import CopiedBackbone
+from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.baselines.sampling import StudentSampler
 from mfd_fast.baselines.second_time import with_second_time
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.registry import make_objective
 from mfd_fast.flow.solvers import to_device
 from mfd_fast.metrics.image_features import few_samples
 from mfd_fast.models.digits.classifier import NUM_CLASSES, NUM_FEATURES
@@ -62,7 +62,7 @@ class DigitsTask:
     def backbone(self) -> CopiedBackbone:
         shape = (self.teacher.config.channels, *(self.teacher.config.image_size,) * 2)
         null = self.teacher.config.num_classes
-        takes_second_time = make_objective(self.config.distill).second_time
+        takes_second_time = needs_of(self.config.distill).second_time
         backbone = CopiedBackbone(
             self.teacher,
             student=with_second_time(self.teacher) if takes_second_time else None,
@@ -74,7 +74,7 @@ class DigitsTask:
 
     def conditions(self) -> Callable[[int], Any]:
         """Uniform labels ``[B]`` int64; for an objective that uses data, (digits, their labels)."""
-        if make_objective(self.config.distill).uses_data:
+        if needs_of(self.config.distill).uses_data:
             return self._examples()
         batch, classes = self.config.train.batch_size, self.teacher.config.num_classes
         seed = self.config.distill.seed
@@ -181,4 +181,4 @@ class DigitsTask:
         distill = self.config.distill
         model = load_dit(run / STUDENT).to(self.device).eval()
         name = sampler_name("student", distill.student_steps)
-        return {name: StudentSampler(model, distill, make_objective(distill).sampler)}
+        return {name: StudentSampler(model, distill, needs_of(distill).sampler)}

@@ -23,7 +23,7 @@ from sana_models import (
 
 from mfd_fast import DistillConfig, Distiller, dpm_flow_schedule
 from mfd_fast.backbones.shared import SharedBackbone
-from mfd_fast.distill.mfd import MeanFlowDistillation
+from mfd_fast.distill.objectives import MeanFlowDistillation
 from mfd_fast.flow.solvers import plan
 
 from numerics import assert_as_accurate
