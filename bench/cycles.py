@@ -24,9 +24,7 @@ from mfd_fast.cost.measured import efficiency_here, measured_phases
 from mfd_fast.cost.profile import profile_cycles, summary
 from mfd_fast.cost.table import side_by_side, text
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.models.presets import SanaRun, preset
-from mfd_fast.models.shapes import meta_model, sana_model
-from mfd_fast.models.tasks import make_task
+from mfd_fast.models import preset
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import make_distiller, run_is_captured
 
@@ -37,12 +35,9 @@ SLOWEST = 20  # operators in the result
 def ready(config: RunConfig) -> tuple[Distiller, Callable[[int], Any]]:
     """The preset's distiller on ``config.train.device``, and the condition of update number n."""
     torch.manual_seed(0)
-    if isinstance(config, SanaRun):
-        model = sana_model(config, config.train.device)
-        cond = model.cond(config.train.batch_size)
-        return make_distiller(model.backbone, config.distill), lambda n: cond
-    task = make_task(config)
-    return make_distiller(task.backbone(), config.distill), task.conditions()
+    model = config.shapes(config.train.device)
+    cond = model.cond(config.train.batch_size)
+    return make_distiller(model.backbone, config.distill), lambda n: cond
 
 
 def estimated(config: RunConfig, cycles: int) -> tuple[list[dict], dict[str, str]]:
@@ -51,7 +46,7 @@ def estimated(config: RunConfig, cycles: int) -> tuple[list[dict], dict[str, str
     device, efficiency = efficiency_here(
         this_machine(config.train.device), config.preset, is_captured=is_captured
     )
-    run = estimate(meta_model, config, device, efficiency)
+    run = estimate(config, device, efficiency)
     taken = measured_phases(*ready(config), cycles=cycles)
     print(text(run), side_by_side(run, taken), sep="\n\n")
     pairs = {name: (run.seconds.get(name, 0.0), seconds) for name, seconds in taken.items()}

@@ -28,29 +28,30 @@ import torch
 from bench import sana_mini
 from bench.record import header, write
 from mfd_fast.backbones.lanes import CopiedBackbone
-from mfd_fast.cost import MetaModel, trace_cycle
+from mfd_fast.cost import trace_cycle
 from mfd_fast.cost.estimate import memory_of
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models import preset
 from mfd_fast.models.digits.task import DigitsTask
 from mfd_fast.models.occfm import CONFIGS
 from mfd_fast.models.occfm.network import OccfmNetwork, null_condition
-from mfd_fast.models.presets import preset
+from mfd_fast.run.task import Shapes
 
 UPDATES = 4  # two cycles of one auxiliary and one student update
 CAPTURED_UPDATES = 12  # three warm-up updates of each role, then its graphs, then replays
 SMALL_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def digits(device: str) -> MetaModel:
+def digits(device: str) -> Shapes:
     """The packaged DiT, three full copies."""
     task = DigitsTask(preset("digits"))
     task.teacher.to(device)
-    return MetaModel(task.backbone(), partial(torch.zeros, dtype=torch.int64, device=device))
+    return Shapes(task.backbone(), partial(torch.zeros, dtype=torch.int64, device=device))
 
 
-def occfm_tiny(device: str) -> MetaModel:
+def occfm_tiny(device: str) -> Shapes:
     """The tiny OccFM, three full copies."""
     config = CONFIGS["tiny"]
     with torch.device(device):
@@ -64,13 +65,13 @@ def occfm_tiny(device: str) -> MetaModel:
             "trajectory": torch.zeros(batch, config.frames, 2, device=device),
         }
 
-    return MetaModel(backbone, cond)
+    return Shapes(backbone, cond)
 
 
 class Case(NamedTuple):
     """A model by the device it is on, samples an update, and whether its updates are graphs."""
 
-    make: Callable[[str], MetaModel]
+    make: Callable[[str], Shapes]
     batch: int
     is_captured: bool = False
 

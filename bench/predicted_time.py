@@ -20,14 +20,15 @@ import torch
 from bench import sana_mini
 from bench.record import header, write
 from bench.step_loops import SANA_SIZES, STEP, working_dtype
-from mfd_fast.cost import MetaModel, this_machine, trace_cycle
+from mfd_fast.cost import this_machine, trace_cycle
 from mfd_fast.cost.estimate import cycle_seconds
 from mfd_fast.cost.measured import calibrated
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models import preset
 from mfd_fast.models.digits.task import DigitsTask
-from mfd_fast.models.presets import preset
+from mfd_fast.run.task import Shapes
 
 WARMUP = {"cpu": 1, "cuda": 5}  # updates of a role; graphs are captured in them
 
@@ -80,12 +81,12 @@ CASES = {
 }
 
 
-def make_model(case: Case, device: str) -> MetaModel:
+def make_model(case: Case, device: str) -> Shapes:
     """The networks of a case on a device or on ``meta``."""
     if case.model == "digits":
         task = DigitsTask(preset("digits"))
         task.teacher.to(device)
-        return MetaModel(task.backbone(), lambda n: torch.zeros(n, dtype=int, device=device))
+        return Shapes(task.backbone(), lambda n: torch.zeros(n, dtype=int, device=device))
     dtype = working_dtype("cuda" if torch.cuda.is_available() else "cpu")
     size = SANA_SIZES[case.model]
     return sana_mini.make_model(size, device, dtype, activation=case.activation, side=case.side)

@@ -24,10 +24,10 @@ from mfd_fast.cost import device_named, trace_cycle
 from mfd_fast.cost.cycle import expected_evaluations
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.config import DistillConfig
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
+from mfd_fast.models import preset
 from mfd_fast.run.config import RunConfig
 
 AUX_UPDATES = 10
@@ -82,7 +82,7 @@ def _evaluation(loop: LiteralLoop, role: str, prompt: Prompt, x: torch.Tensor) -
 def operators_of_ours() -> float:
     """Operators of one ODE step of this engine, three lanes."""
     config = preset(PRESET)
-    model = meta_model(config)
+    model = shapes_of(config)
     few, more = (
         trace_cycle(model, _interval(config, steps), 1).phases["student/integrate"].num_ops
         for steps in (1, 2)

@@ -7,8 +7,8 @@ import torch
 
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.shared import SharedBackbone
-from mfd_fast.cost import MetaModel
 from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
+from mfd_fast.run.task import Shapes
 
 MINI = {
     **{"num_layers": 8, "num_attention_heads": 16, "attention_head_dim": 32},
@@ -26,7 +26,7 @@ TEXT = 60  # tokens of a prompt without its padding
 
 def make_model(
     size: str, device: str, dtype: torch.dtype, *, activation: str = "none", side: int = 0
-) -> MetaModel:
+) -> Shapes:
     """A SANA of ``CONFIGS`` on a device with adapters of rank 64, and prompts without padding.
 
     side: of its latents; the size's own if 0.
@@ -48,4 +48,4 @@ def make_model(
         text = torch.zeros(batch, *shape, dtype=dtype, device=device)
         return {"text": text, "mask": torch.ones(batch, TEXT, dtype=torch.bool, device=device)}
 
-    return MetaModel(backbone, cond)
+    return Shapes(backbone, cond)

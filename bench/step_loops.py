@@ -113,7 +113,7 @@ def settings(model: str, variant: str = "fused") -> DistillConfig:
 
 def cycle_of(model: str) -> tuple[int, int]:
     """Auxiliary and student updates of a cycle of the family's preset."""
-    from mfd_fast.models.presets import preset
+    from mfd_fast.models import preset
 
     config = preset(PRESETS[family_of(model)]).distill
     return config.aux_updates, config.student_updates
@@ -206,8 +206,8 @@ def _literal(model: str, variant: str, device: str) -> Loop:
 
 
 def _digits(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, Tensor]:
+    from mfd_fast.models import preset
     from mfd_fast.models.digits.task import DigitsTask
-    from mfd_fast.models.presets import preset
 
     config = preset("digits")
     policy = VARIANTS[variant].get("activation", "none")

@@ -16,7 +16,7 @@ from torch import Generator
 
 from mfd_fast.backbones.lanes import trajectory_lanes
 from mfd_fast.distill.objectives import make_objective
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run.config import to_dict
 from mfd_fast.run.environment import environment
 from mfd_fast.run.session import run_distillation

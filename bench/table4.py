@@ -12,8 +12,7 @@ from pathlib import Path
 from bench.record import header, write
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
+from mfd_fast.models import preset
 from mfd_fast.run.maker import run_is_captured
 
 GPU = "rtx-pro-6000"
@@ -27,7 +26,7 @@ def row(objective: str) -> dict:
     config = preset(PRESET)
     config = replace(config, distill=replace(config.distill, objective=objective))
     device = device_named(GPU)
-    run = estimate(meta_model, config, device, assumed(is_captured=run_is_captured(config, "cuda")))
+    run = estimate(config, device, assumed(is_captured=run_is_captured(config, "cuda")))
     work = run.cycle.total
     at_the_ceiling = work.flops * run.cycles / (device.bf16_tflops * 1e12) / 3600
     hours, gigabytes = PAPER[objective]

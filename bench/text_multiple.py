@@ -20,9 +20,8 @@ from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import Estimate, cycle_seconds
 from mfd_fast.distill.graphs import WARMUP_CALLS
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.models.sana.text.encoder import MAX_LENGTH
-from mfd_fast.models.shapes import meta_model
 
 PRESET, GPU = "sana-1.6b", "h100"
 MULTIPLES = (8, 16, 32, 64, 100, 150, 300)
@@ -35,7 +34,7 @@ def at(length: int) -> Estimate:
     """The run with every text padded to ``length``."""
     config = preset(PRESET)
     config = replace(config, sana=replace(config.sana, text_length=length))
-    return estimate(meta_model, config, device_named(GPU), assumed(is_captured=True))
+    return estimate(config, device_named(GPU), assumed(is_captured=True))
 
 
 def once(run: Estimate) -> float:

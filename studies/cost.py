@@ -13,8 +13,7 @@ from typing import Any, get_args
 
 import torch
 
-from mfd_fast.baselines.config import ObjectiveName
-from mfd_fast.models.tasks import make_task
+from mfd_fast.distill.config import ObjectiveName
 from mfd_fast.run.environment import peak_memory
 from mfd_fast.run.maker import make_distiller
 from studies.digits_runs import digits_config
@@ -52,7 +51,7 @@ def measure(method: str, seed: int) -> dict[str, float]:
     config = digits_config(
         updates=CYCLES, batch_size=BATCH, objective=method, seed=seed, aux_updates=AUX_UPDATES
     )
-    task = make_task(config)
+    task = config.task()
     next_cond = task.conditions()
     task.teacher(torch.zeros(BATCH, 1, 8, 8), torch.ones(BATCH))  # load what any forward loads
     before = peak_memory("cpu") / MEBI

@@ -10,11 +10,10 @@ import torch
 
 from mfd_fast.distill.config import OptimConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.models.digits.evaluate import DiTSampler, Yardstick
-from mfd_fast.models.digits.task import EVALUATION_SEED
+from mfd_fast.models import preset
+from mfd_fast.models.digits.evaluate import Yardstick
 from mfd_fast.models.digits.teacher import load_classifier, load_teacher
-from mfd_fast.models.presets import preset
-from mfd_fast.models.tasks import make_task
+from mfd_fast.models.images import EVALUATION_SEED, TeacherSampler
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.loop import train
 from mfd_fast.run.maker import make_distiller
@@ -41,7 +40,7 @@ def distil(
     config: RunConfig, on_row: Callable[[dict[str, Any]], None] = lambda row: None
 ) -> tuple[Distiller, list[dict[str, Any]], float]:
     """Train; the distiller, the logged rows and the seconds."""
-    task = make_task(config)
+    task = config.task()
     distiller = make_distiller(task.backbone(), config.distill)
     start = time.perf_counter()
     rows = train(distiller, task.conditions(), config.train, callbacks=[on_row])
@@ -51,7 +50,7 @@ def distil(
 @cache
 def yardstick(num_samples: int, guidance: float) -> Yardstick:
     """The guided 50-step teacher's samples, drawn once for a whole study."""
-    reference = DiTSampler(load_teacher(), REFERENCE_STEPS, guidance)
+    reference = TeacherSampler(load_teacher(), REFERENCE_STEPS, guidance)
     return Yardstick(load_classifier(), reference, num_samples=num_samples, seed=EVALUATION_SEED)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Generator
 
-from mfd_fast.models.tasks import make_task
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import make_distiller
 from studies.digits_runs import digits_config, distil, every_update, student_lr
@@ -44,7 +43,7 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
 
 def untrained_distance(config: RunConfig) -> float:
     """The distance before the first update of either role."""
-    task = make_task(config)
+    task = config.task()
     distiller = make_distiller(task.backbone(), config.distill)
     prepared = distiller.backbone.prepare(task.conditions()(0))
     generator = Generator().manual_seed(config.distill.seed)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.models.tasks import Task, make_task
 from mfd_fast.run.loop import train
 from mfd_fast.run.maker import make_distiller
+from mfd_fast.run.task import Task
 from studies.digits_runs import digits_config, every_update, student_lr
 from studies.plots import BLUE, ORANGE, Figure, titled
 from studies.verdict import Verdict
@@ -44,7 +44,7 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
                 student_optim=student_lr(LR),
             )
         )
-        task = make_task(config)
+        task = config.task()
         distiller = make_distiller(task.backbone(), config.distill)
         curve = []
         for stage in STAGES:

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from mfd_fast.cli.spoken import spoken
-from mfd_fast.models.presets import PRESETS
+from mfd_fast.models import PRESETS
 from mfd_fast.run.config import nearest
 from mfd_fast.run.stop import Stopped
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run.config import nearest, with_settings
 from mfd_fast.run.folder import CHECKPOINTS
 

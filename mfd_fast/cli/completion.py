@@ -6,7 +6,7 @@ fish   mfd-fast completion fish | source        in config.fish
 """
 
 from mfd_fast.cli.options import dotted_keys, no_more, positional
-from mfd_fast.models.presets import PRESETS
+from mfd_fast.models import PRESETS
 from mfd_fast.run.config import nearest, to_dict
 
 WITH_PRESET = ("distill", "config", "estimate", "profile")

@@ -23,22 +23,21 @@ def dry_run(config: RunConfig, out: Path) -> None:
     from mfd_fast.cost import devices
     from mfd_fast.cost.estimate import estimate
     from mfd_fast.cost.measured import efficiency_here
+    from mfd_fast.cost.shapes import shapes_of
     from mfd_fast.cost.table import text
-    from mfd_fast.models.shapes import meta_model
-    from mfd_fast.models.tasks import make_task
     from mfd_fast.run.maker import run_is_captured
     from mfd_fast.run.resume import check_optimizers
     from mfd_fast.run.trackers import check_tracker
 
     check_out(out)
     check_tracker(config.train.report_to)
-    task = make_task(config)
+    task = config.task()
     found = task.check()
     for remark in task.remarks(config.num_eval_samples):
         found["note"] = remark
     scratch = torch.zeros(SCRATCH, device=task.device)
     check_optimizers(config.distill, dict.fromkeys(needs_of(config.distill).roles, scratch))
-    model = meta_model(config)
+    model = shapes_of(config)
     rows = {"device": device_of(task.device), **plan_of(config, out, task.device), **found}
     rows |= {"trained": trained_of(model.backbone), "versions": versions()}
     show(rows, f"{config.preset}, dry run")
@@ -46,7 +45,7 @@ def dry_run(config: RunConfig, out: Path) -> None:
     device, efficiency = efficiency_here(
         devices.this_machine(), config.preset, is_captured=is_captured
     )
-    print(text(estimate(meta_model, config, device, efficiency)))
+    print(text(estimate(config, device, efficiency)))
     print("\nNothing was written. The same command without --dry-run starts the run.")
 
 

@@ -51,10 +51,9 @@ def estimate(argv: list[str]) -> None:
     from mfd_fast.cost import devices
     from mfd_fast.cost.estimate import estimate as predict
     from mfd_fast.cost.table import text
-    from mfd_fast.models.shapes import meta_model
 
     device, efficiency = _device(own.gpu, numbers, config)
-    run = predict(meta_model, config, device, efficiency, gpus=gpus)
+    run = predict(config, device, efficiency, gpus=gpus)
     print(text(run))
     if gpu_named(own.gpu or "", devices.DEVICES) == devices.THIS_MACHINE:
         print(f"\n{_measured(config, run)}")

@@ -16,7 +16,7 @@ def export(argv: list[str]) -> None:
     out = Path(own.out)
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out")
-    from mfd_fast.run.session import open_run
+    from mfd_fast.models import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "export"))
     with written(out) as partial:

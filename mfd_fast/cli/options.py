@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.cli.numbers import count
-from mfd_fast.models.presets import PRESETS, preset, with_file, with_memory
-from mfd_fast.run.config import RunConfig, from_dict, nearest, to_dict, with_absolute_paths
+from mfd_fast.models import PRESETS, preset
+from mfd_fast.run.config import (
+    RunConfig,
+    from_dict,
+    nearest,
+    to_dict,
+    with_absolute_paths,
+    with_file,
+    with_memory,
+)
 
 DEVICE = "--train.device"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mfd_fast.cli.numbers import count
 from mfd_fast.cli.options import check_places, moved_files, options, positional, preset_config
-from mfd_fast.models.presets import SanaRun, load_config
+from mfd_fast.models import load_config
+from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.run.config import RunConfig
 
 
@@ -34,7 +35,7 @@ def sample(argv: list[str]) -> None:
     own, rest = options(rest, out="", num=None, seed=0, prompt=())
     check_places(rest, "sample", ("--out", "--num", "--seed", "--prompt"))
     num = count("--num", own.num, "the number of samples", 8)
-    from mfd_fast.run.session import open_run
+    from mfd_fast.models import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "sample"))
     path = Path(own.out or run / "samples.png")
@@ -52,14 +53,14 @@ def evaluate(argv: list[str]) -> None:
     num_samples = count("--num-samples", own.num_samples, "the samples of a row", 2000)
     if own.prompts and not own.scores:
         raise ValueError("--prompts names the file that --scores reads; type both, or neither")
-    from mfd_fast.run.session import open_run
+    from mfd_fast.models import open_run
 
     run, task = open_run(folder, lambda config: moved_files(config, rest, "evaluate"))
-    num_samples = num_samples or run.config.num_eval_samples
+    num_samples = num_samples or task.config.num_eval_samples
     for remark in task.remarks(num_samples):
         print(f"mfd-fast evaluate: {remark}", file=sys.stderr)
     if own.scores:
-        rows = task.evaluate(run, num_samples, score_sources(run.config, own.scores), own.prompts)
+        rows = task.evaluate(run, num_samples, score_sources(task.config, own.scores), own.prompts)
     else:
         rows = task.evaluate(run, num_samples)
     print(task.format_table(rows))
@@ -107,7 +108,7 @@ def saved_settings(out: Path, name: str) -> list[str]:
 
 def free_folder(config: RunConfig) -> Path:
     """``runs/PRESET-OBJECTIVE-1``, or the first number that is free."""
-    number = 1
-    while (path := Path(f"runs/{config.preset}-{config.distill.objective}-{number}")).exists():
+    number, name = 1, config.preset.rpartition(":")[2]
+    while (path := Path(f"runs/{name}-{config.distill.objective}-{number}")).exists():
         number += 1
     return path

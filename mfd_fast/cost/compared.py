@@ -21,7 +21,6 @@ from mfd_fast.baselines.batch import Batch, Fields
 from mfd_fast.baselines.distiller import ComparisonDistiller
 from mfd_fast.cost.cycle import (
     CycleCost,
-    MetaModel,
     Traced,
     bytes_that_stay,
     gradients_of,
@@ -31,6 +30,7 @@ from mfd_fast.cost.cycle import (
 from mfd_fast.cost.trace import Memory, Trace, Work
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.flow.solvers import plan
+from mfd_fast.run.task import Shapes
 
 STUDENT_UPDATES = 64  # that are followed for their draws, at least
 
@@ -55,7 +55,7 @@ class OneStep(Fields):
 class MetaComparison(Traced, ComparisonDistiller):
     """A ``ComparisonDistiller`` without storage whose teacher integrates in one evaluation."""
 
-    def __init__(self, model: MetaModel, config: DistillConfig):
+    def __init__(self, model: Shapes, config: DistillConfig):
         super().__init__(model.backbone, config, schedule=model.schedule)
         self.draws: Draws | None = None
 
@@ -102,7 +102,7 @@ class Draws:
 
 
 def trace_compared(
-    model: MetaModel, config: DistillConfig, batch: int, *, cycles: int | None = None
+    model: Shapes, config: DistillConfig, batch: int, *, cycles: int | None = None
 ) -> CycleCost:
     """:func:`trace_cycle` for a ``ComparedObjective``: the mean of the run's first cycles.
 
@@ -155,7 +155,7 @@ def followed_draws(config: DistillConfig, batch: int, cycles: int) -> Mapping[st
         sample_shape=(1, 1, 1),
         null_cond=lambda cond: cond,
     )
-    distiller = MetaComparison(MetaModel(backbone, None), config)
+    distiller = MetaComparison(Shapes(backbone, None), config)
     cond = torch.empty(batch, 0)
     if distiller.objective.uses_data:
         cond = (torch.zeros(batch, 1, 1, 1), cond)

@@ -23,7 +23,7 @@ from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.objectives import OBJECTIVES, make_objective
 from mfd_fast.flow.integrate import Trajectories
 from mfd_fast.flow.solvers import SolverTable, plan
-from mfd_fast.flow.times import Schedule
+from mfd_fast.run.task import Shapes
 
 DRAWS = 4096  # pairs (t, r) that are drawn for the expected numbers of evaluations
 INTEGRATE = "student/integrate"
@@ -36,18 +36,6 @@ MOMENT_BYTES = {
     "adamw8bit": 2 + 2 * 4 / 256,
     "adamw8bit_torchao": 2 + 2 * 4 / 256,
 }
-
-
-@dataclass(frozen=True)
-class MetaModel:
-    """What a preset distils, without storage: a backbone on ``meta`` and its conditions.
-
-    ``cond(batch)`` makes the condition of an update, leaves ``[batch, ...]`` on ``meta``.
-    """
-
-    backbone: Backbone
-    cond: Callable[[int], Any]
-    schedule: Schedule | None = None
 
 
 class MetaOptimizer(Optimizer):
@@ -92,7 +80,7 @@ class Traced:
 class MetaDistiller(Traced, Distiller):
     """A ``Distiller`` without storage whose integrations take one evaluation."""
 
-    def __init__(self, model: MetaModel, config: DistillConfig):
+    def __init__(self, model: Shapes, config: DistillConfig):
         super().__init__(model.backbone, config, schedule=model.schedule)
 
     def _draw_table(self, cond: Any) -> SolverTable:
@@ -128,7 +116,7 @@ class CycleCost:
         return total
 
 
-def trace_cycle(model: MetaModel, config: DistillConfig, batch: int) -> CycleCost:
+def trace_cycle(model: Shapes, config: DistillConfig, batch: int) -> CycleCost:
     """Trace the updates of one cycle for ``batch`` samples an update.
 
     ``ValueError`` if the batch does not divide into ``config.micro_batches``, or if the objective

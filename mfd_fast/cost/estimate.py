@@ -16,17 +16,15 @@ from mfd_fast.backbones.activation import POLICIES
 from mfd_fast.cost.cycle import (
     INTEGRATE,
     CycleCost,
-    MetaModel,
     is_interval,
     moment_bytes,
     trace_cycle,
 )
 from mfd_fast.cost.devices import Device, Efficiency
+from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.trace import Work
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import run_is_captured
-
-MakeModel = Callable[[RunConfig], MetaModel]
 
 CONTEXT_BYTES = 0.6e9  # CUDA context and libraries; assumed, not measured on a GPU
 GPUS_PER_MACHINE = 8
@@ -106,14 +104,9 @@ class Estimate:
 
 
 def estimate(
-    make_model: MakeModel,
-    config: RunConfig,
-    device: Device,
-    efficiency: Efficiency,
-    *,
-    gpus: int = 1,
+    config: RunConfig, device: Device, efficiency: Efficiency, *, gpus: int = 1
 ) -> Estimate:
-    """Predict the run of ``config``; ``make_model`` makes its shapes (``tasks.meta.meta_model``).
+    """Predict the run of ``config``.
 
     ``ValueError`` if ``gpus`` is below 1, or above for an objective that trains in one process, or
     if the batch does not divide into the micro-batches.
@@ -125,12 +118,10 @@ def estimate(
             f"distill.objective={config.distill.objective!r} trains in one process: drop --gpus"
         )
     batch = config.train.batch_size
-    cycles = {
-        policy: _trace(make_model, _with(config, activation=policy), batch) for policy in POLICIES
-    }
+    cycles = {policy: _trace(_with(config, activation=policy), batch) for policy in POLICIES}
     cycle = cycles[config.train.activation]
     # Twice the micro-batches is half the rows at a time, so the double batch must double the rows.
-    double = _trace(make_model, config, 2 * batch)
+    double = _trace(config, 2 * batch)
     is_captured = run_is_captured(config, "cuda" if device.is_gpu else "cpu")
     size = partial(memory_of, is_captured=is_captured, has_context=device.is_gpu)
     here, twice = size(cycle), size(double)
@@ -187,8 +178,8 @@ def memory_of(cycle: CycleCost, *, is_captured: bool, has_context: bool) -> dict
     return memory
 
 
-def _trace(make_model: MakeModel, config: RunConfig, batch: int) -> CycleCost:
-    return trace_cycle(make_model(config), config.distill, batch)
+def _trace(config: RunConfig, batch: int) -> CycleCost:
+    return trace_cycle(shapes_of(config), config.distill, batch)
 
 
 def _with(config: RunConfig, **train: object) -> RunConfig:

@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.files.plain import read_yaml
 from mfd_fast.settings import (
     Count,
     CountOrOff,
@@ -18,7 +19,18 @@ from mfd_fast.settings import (
     require,
 )
 
+if TYPE_CHECKING:
+    from mfd_fast.run.task import Shapes, Task
+
 Capture = Literal["auto", "on", "off"]
+# --memory-profile GB: for a card of that memory.  A larger batch is not the paper's setting (1 a
+# GPU); it is there because it is faster a sample.
+MEMORY_PROFILES: dict[int, dict[str, Any]] = {
+    16: {"activation": "block", "batch_size": 1},
+    24: {"activation": "none", "batch_size": 1},
+    40: {"activation": "none", "batch_size": 2},
+    80: {"activation": "none", "batch_size": 4},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +84,12 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """One distillation run; ``presets.py`` has one subclass for each family of tasks."""
+    """One distillation run.  A family has a subclass, with its settings, that knows its task."""
 
-    TASK: ClassVar[str] = ""
-    """``module:class`` of the task (``tasks.base.Task``) that runs this config."""
+    gives_samples: ClassVar[bool] = False
+    """Whether it has samples of the data, and a student that takes a second time: what some of the
+    compared objectives need.
+    """
     SHORT: ClassVar[dict[str, str]] = {}
     """Options with a short name on the command line, and the setting each stands for."""
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
@@ -122,6 +136,20 @@ class RunConfig(Settings):
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
 
+    def task(self) -> "Task":
+        """What runs this config; the import stands inside, so that a config needs no model."""
+        raise NotImplementedError(f"{type(self).__name__}.task")
+
+    def shapes(self, device: str = "meta") -> "Shapes":
+        """What is trained and on what, without the weights: for ``mfd-fast estimate``.
+
+        On another device than ``meta`` the weights are random.  A family whose teacher is small
+        need not write this: its task is built.
+        """
+        from mfd_fast.run.task import shapes_of_task
+
+        return shapes_of_task(self.task(), device)
+
 
 def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
     """The config with values by dotted key."""
@@ -133,6 +161,46 @@ def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
             node = node[section]
         node[name] = value
     return from_dict(type(config), tree)
+
+
+def with_memory(config: RunConfig, gigabytes: int) -> RunConfig:
+    """The config with the profile of a card; ``ValueError`` lists the profiles."""
+    if gigabytes not in MEMORY_PROFILES:
+        raise ValueError(
+            f"--memory-profile must be one of {list(MEMORY_PROFILES)} (GB of the card), got "
+            f"{gigabytes}; take the next smaller one"
+        )
+    train = dataclasses.replace(config.train, **MEMORY_PROFILES[gigabytes])
+    return dataclasses.replace(config, train=train)
+
+
+def with_file(config: RunConfig, path: Path) -> RunConfig:
+    """The config with the keys of a YAML file, which need not be all."""
+    tree = read_settings(path)
+    if tree.get("preset", config.preset) != config.preset:
+        raise ValueError(f"{path} is of preset {tree['preset']!r}, not of {config.preset!r}")
+    return from_dict(type(config), _merged(to_dict(config), tree))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of settings, which may be any of them; ``ValueError`` if it is none."""
+    try:
+        tree = read_yaml(path)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; give --config a YAML file of settings") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML of settings: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of config keys; got {type(tree).__name__}")
+    return tree
+
+
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(tree)
+    for name, value in over.items():
+        is_section = isinstance(value, dict) and isinstance(tree.get(name), dict)
+        both[name] = _merged(tree[name], value) if is_section else value
+    return both
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

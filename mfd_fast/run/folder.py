@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.files.whole import WRITING, write_text, written
-from mfd_fast.models.presets import load_config
 from mfd_fast.run.config import RunConfig, save_config
 
 CONFIG, METRICS, STUDENT, RESULTS, CHECKPOINTS = (
@@ -93,10 +92,6 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
-
-    @property
-    def config(self) -> RunConfig:
-        return load_config(self.path / CONFIG)
 
     def log(self, row: dict[str, Any]) -> str:
         """Append one line to metrics.jsonl; why that failed, empty if it did not.

@@ -10,8 +10,8 @@ from typing import Any
 
 from mfd_fast.files.whole import write_text
 from mfd_fast.pictures.grids import GRID, INK, new_figure, smoothed
-from mfd_fast.run.config import to_dict
-from mfd_fast.run.folder import RESULTS, RunFolder
+from mfd_fast.run.config import read_settings
+from mfd_fast.run.folder import CONFIG, RESULTS, RunFolder
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#2c7a7b", "#718096")
 TITLES = {  # keys of metrics.jsonl that get a curve, in this order; others follow by name
@@ -62,7 +62,7 @@ def write_report(runs: Sequence[RunFolder], path: str | Path) -> Path:
     parts += ["<h2>Pictures</h2>", *(_pictures(run) for run in runs)]
     parts += [
         "<h2>Configuration</h2>",
-        _comparison({r.path.name: flat(to_dict(r.config)) for r in runs}),
+        _comparison({r.path.name: flat(read_settings(r / CONFIG)) for r in runs}),
     ]
     environments = {r.path.name: flat(_result_file(r).get("environment", {})) for r in runs}
     parts += ["<h2>Environment</h2>", _comparison(environments)]

@@ -17,7 +17,6 @@ from mfd_fast.distill.float8_error import described
 from mfd_fast.distill.phases import BetweenRows
 from mfd_fast.distill.ranks import Ranks, launched_ranks, num_restarts, shard_copies
 from mfd_fast.files.whole import clean, staged
-from mfd_fast.models.tasks import Task, make_task
 from mfd_fast.run.checkpoint import Counts, read
 from mfd_fast.run.checkpoint_writer import Checkpointer
 from mfd_fast.run.config import RunConfig, to_dict, with_absolute_paths
@@ -30,12 +29,12 @@ from mfd_fast.run.resume import (
     check_config,
     check_header,
     check_optimizers,
-    check_teacher,
     header,
     locate,
     restore,
 )
 from mfd_fast.run.stop import Stopped, StopSignal
+from mfd_fast.run.task import Task
 from mfd_fast.run.trackers import check_tracker, make_tracker
 
 
@@ -74,7 +73,7 @@ class _Session:
         torch.manual_seed(config.distill.seed)  # adapters start alike on every rank
         self.run = RunFolder(out)
         check_tracker(config.train.report_to)
-        self.task = make_task(config)
+        self.task = config.task()
         self.found = self.task.check()
         self.remarks = self.task.remarks(config.num_eval_samples)
         self.next_cond = self.task.conditions()
@@ -213,7 +212,7 @@ class _Session:
     def _evaluate(self) -> None:
         run, task, distiller = self.run, self.task, self.distiller
         if self.ranks.is_sharded:  # whole weights again, in this process alone, of a whole teacher
-            self.task = task = make_task(self.config)
+            self.task = task = self.config.task()
             distiller = distiller_of(task, self.config, Ranks())
             distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
         run.flush()
@@ -284,27 +283,6 @@ def distiller_of(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
         schedule=task.schedule(),
         ranks=ranks,
     )
-
-
-def open_run(
-    folder: str | Path, located: Callable[[RunConfig], RunConfig] = lambda config: config
-) -> tuple[RunFolder, Task]:
-    """A finished run and its task; ``ValueError`` says what is missing.
-
-    located: gives the run's config the places where its files lie now.  A teacher that moved is
-        compared with the one that the run's checkpoint knows.
-    """
-    run = RunFolder.open(folder)
-    if not (run / STUDENT).is_file():
-        raise ValueError(
-            f"{run.path} has no {STUDENT}: the run did not finish; continue it with mfd-fast "
-            f"distill {run.config.preset} --out {run.path} --resume"
-        )
-    config = located(run.config)
-    task = make_task(config)
-    if config != run.config:
-        check_teacher(run / CHECKPOINTS, task.backbone())
-    return run, task
 
 
 def _show(bar: tqdm, row: dict[str, Any]) -> None:

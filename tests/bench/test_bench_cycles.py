@@ -9,15 +9,15 @@ import pytest
 from torch.utils._pytree import tree_leaves
 
 from bench import cycles
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
+from mfd_fast.cost.shapes import shapes_of
+from mfd_fast.models import preset
 
 
 @pytest.mark.parametrize("name", ["sana-tiny", "digits"])
 def test_what_runs_is_what_is_predicted(name):
     config = preset(name)
     config = replace(config, train=replace(config.train, device="cpu"))
-    known, (distiller, next_cond) = meta_model(config), cycles.ready(config)
+    known, (distiller, next_cond) = shapes_of(config), cycles.ready(config)
     assert distiller.backbone.sample_shape == known.backbone.sample_shape
     assert distiller.backbone.device.type == "cpu"
     shapes = [x.shape for x in tree_leaves(known.cond(config.train.batch_size))]

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 from bench import baseline_eager, bench_sana
 from bench.sana_sizes import EMPTY_TOKENS, MAX_TOKENS, SIZES, Published
 from mfd_fast.backbones.lanes import trajectory_lanes
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.models.sana.text.trim import trim_text
 
 TINY = SIZES["tiny"]

@@ -11,7 +11,7 @@ from mfd_fast import cli
 from mfd_fast.cli import compat, encode_prompts
 from mfd_fast.cli.options import dotted_keys
 from mfd_fast.cli.spoken import OPTION, WORDS, spoken
-from mfd_fast.models.presets import PRESETS, preset
+from mfd_fast.models import PRESETS, preset
 from mfd_fast.run.config import to_dict
 
 SOURCE = Path(cli.__file__).parents[1]

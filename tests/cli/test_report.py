@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mfd_fast import cli
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run.folder import RESULTS, RunFolder
 
 pytest.importorskip("matplotlib")

@@ -10,7 +10,7 @@ from mfd_fast import cli
 from mfd_fast.cli import COMMANDS
 from mfd_fast.cli.completion import bash, fish, settings_of, zsh
 from mfd_fast.cli.options import preset_config
-from mfd_fast.models.presets import PRESETS, preset
+from mfd_fast.models import PRESETS, preset
 from mfd_fast.run.config import to_dict
 
 

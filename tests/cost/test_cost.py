@@ -28,12 +28,12 @@ from mfd_fast.cost.cycle import (
 from mfd_fast.cost.devices import DEVICES, assumed
 from mfd_fast.cost.estimate import memory_of, phase_seconds
 from mfd_fast.cost.operators import MEMORY_BOUND, PRODUCTS
+from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.table import text
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.objectives import make_objective
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
+from mfd_fast.models import preset
 
 
 def operations_of(network, *args):
@@ -44,7 +44,7 @@ def operations_of(network, *args):
 
 @pytest.fixture(scope="module")
 def sana():
-    return meta_model(preset("sana-1.6b"))
+    return shapes_of(preset("sana-1.6b"))
 
 
 def test_operations_of_one_sana_evaluation(sana):
@@ -91,7 +91,7 @@ def test_a_cycle_is_the_sum_of_its_phases_by_torchs_counter():
     """Real updates on the CPU with their own draws, against phases traced without storage."""
     config = preset("digits")
     distill = replace(config.distill, aux_updates=2)
-    model = meta_model(config)
+    model = shapes_of(config)
     batch, tables = 5, []
     predicted = trace_cycle(model, distill, batch)
 
@@ -135,7 +135,7 @@ def test_expected_evaluations_follow_the_runs_own_draws():
 def test_rows_without_an_adapter_are_not_charged(sana):
     lanes = (TEACHER, TEACHER_UNCOND, AUX)
     assert adapter_share(sana.backbone, lanes) == 1 / 3
-    assert adapter_share(meta_model(preset("digits")).backbone, lanes) == 1.0
+    assert adapter_share(shapes_of(preset("digits")).backbone, lanes) == 1.0
 
 
 def test_every_operator_of_ours_has_a_cost():
@@ -166,14 +166,14 @@ def digits_estimate():
     device = device_named("card", bf16_tflops=100.0, bandwidth=1e12, memory=1.1e9)
     config = preset("digits")
     config = replace(config, train=replace(config.train, capture="off"))
-    return estimate(meta_model, config, device, assumed(is_captured=False), gpus=4), config, device
+    return estimate(config, device, assumed(is_captured=False), gpus=4), config, device
 
 
 def test_the_largest_batch_is_the_largest(digits_estimate):
     run, config, device = digits_estimate
     assert run.largest_batch > config.train.batch_size
     for batch, fits in ((run.largest_batch, True), (run.largest_batch + 2, False)):
-        cycle = trace_cycle(meta_model(config), config.distill, batch)
+        cycle = trace_cycle(shapes_of(config), config.distill, batch)
         assert (
             sum(memory_of(cycle, is_captured=False, has_context=True).values()) <= device.memory
         ) == fits
@@ -194,7 +194,7 @@ def test_communication_grows_with_the_gpus_and_is_in_the_run(digits_estimate):
         config.train.updates * (run.cycle_seconds + run.communication(4))
     )
     with pytest.raises(ValueError, match="number of GPUs must be >= 1, got 0"):
-        estimate(meta_model, config, run.device, run.efficiency, gpus=0)
+        estimate(config, run.device, run.efficiency, gpus=0)
 
 
 def test_captured_runs_keep_two_pools(digits_estimate):
@@ -285,9 +285,7 @@ def test_float8_does_the_same_work_at_twice_the_rate():
     config = preset("sana-1.6b")
     short = replace(config.distill, aux_updates=1, student_steps=1, step_size=0.5)
     plain, rounded = (
-        trace_cycle(
-            meta_model(replace(config, train=replace(config.train, float8=is_on))), short, 1
-        )
+        trace_cycle(shapes_of(replace(config, train=replace(config.train, float8=is_on))), short, 1)
         for is_on in (False, True)
     )
     assert rounded.total.flops == plain.total.flops

@@ -18,8 +18,7 @@ from mfd_fast.cost import estimate as predict
 from mfd_fast.cost.devices import DEVICES, GB, THIS_MACHINE, assumed, device_named
 from mfd_fast.cost.estimate import CONTEXT_BYTES, GPUS_PER_MACHINE, NETWORK_BYTES_S
 from mfd_fast.cost.table import text
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
+from mfd_fast.models import preset
 
 GUIDE = Path(__file__).parents[2] / "docs/cost.md"
 
@@ -150,7 +149,7 @@ def test_help_names_the_options_of_the_command(command, options, capsys):
 def test_samples_of_every_student_update_of_a_cycle_count():
     config = preset("digits")
     config = replace(config, distill=replace(config.distill, student_updates=3))
-    run = predict(meta_model, config, device_named("h100"), assumed(is_captured=False))
+    run = predict(config, device_named("h100"), assumed(is_captured=False))
     expected = 3 * config.train.batch_size / run.cycle_seconds
     row = next(line for line in text(run).splitlines() if line.startswith("1 "))
     assert row.split()[-1] == f"{expected:.4g}"
@@ -162,10 +161,10 @@ def traced_once(monkeypatch):
     module = importlib.import_module("mfd_fast.cost.estimate")
     trace, known = module._trace, {}
 
-    def remembered(make_model, config, batch):
+    def remembered(config, batch):
         key = (config, batch)
         if key not in known:
-            known[key] = trace(make_model, config, batch)
+            known[key] = trace(config, batch)
         return known[key]
 
     monkeypatch.setattr(module, "_trace", remembered)

@@ -17,9 +17,9 @@ from mfd_fast.cli.built import built
 from mfd_fast.cost import Trace, trace_cycle
 from mfd_fast.cost.compared import STUDENT_UPDATES, followed_draws, trace_compared
 from mfd_fast.cost.measured import measured_phases
+from mfd_fast.cost.shapes import shapes_of
+from mfd_fast.models import preset
 from mfd_fast.models.cifar10.unet import UNet, UNetConfig, save_unet
-from mfd_fast.models.presets import preset
-from mfd_fast.models.shapes import meta_model
 
 ALONE = ("cd", "ayf", "meanflow", "imm", "reflow")  # train the student alone
 BATCH, CYCLES = 8, 2
@@ -52,7 +52,7 @@ def cycles_of(config, distiller, next_cond, cycles=CYCLES):
 def test_operations_are_those_of_real_updates_by_torchs_counter(objective, settings):
     """The first cycles of a run on the CPU, against shapes and the draws that were followed."""
     config = digits(objective, **settings)
-    predicted = trace_compared(meta_model(config), config.distill, BATCH, cycles=CYCLES)
+    predicted = trace_compared(shapes_of(config), config.distill, BATCH, cycles=CYCLES)
     distiller, next_cond = built(config)
     with torchs_counter() as counter:
         cycles_of(config.distill, distiller, next_cond)
@@ -69,7 +69,7 @@ def test_operations_of_a_unet_are_those_of_real_updates(objective, tmp_path):
     distill = replace(config.distill, objective=objective, aux_updates=1, step_size=0.25)
     config = replace(config, teacher=str(path), distill=distill)
     config = replace(config, train=replace(config.train, device="cpu"))
-    predicted = trace_compared(meta_model(config), distill, BATCH, cycles=CYCLES)
+    predicted = trace_compared(shapes_of(config), distill, BATCH, cycles=CYCLES)
 
     from mfd_fast.models.cifar10.task import Cifar10Task
 
@@ -92,7 +92,7 @@ OTHERWISE = {"_to_copy", "arange", "clone", "zeros", "silu_backward", "sigmoid",
 def test_operators_and_memory_are_those_of_a_trace_of_real_updates(objective):
     """What only moves memory too, phase by phase; a loop may hold a batch of samples besides."""
     config = digits(objective)
-    predicted = trace_compared(meta_model(config), config.distill, BATCH, cycles=CYCLES)
+    predicted = trace_compared(shapes_of(config), config.distill, BATCH, cycles=CYCLES)
     distiller, next_cond = built(config)
     cycles_of(config.distill, distiller, next_cond, cycles=1)  # makes gradients and AdamW's state
     distiller.host_generator.manual_seed(config.distill.seed)
@@ -156,7 +156,7 @@ def test_the_expected_integration_of_senseflow_is_half_the_segment():
 @pytest.mark.parametrize("objective", COMPARED)
 def test_memory_that_stays_is_that_of_what_is_trained(objective):
     config = digits(objective, micro_batches=2)
-    model = meta_model(config)
+    model = shapes_of(config)
     assert bool(model.backbone.parameters_of("aux")) == (objective not in ALONE)
     cycle = trace_cycle(model, config.distill, BATCH)
     distiller, next_cond = built(config)
@@ -191,7 +191,7 @@ def test_estimate_from_the_command_line(objective, capsys):
 
 def test_measured_and_predicted_phases_of_a_cycle_have_the_same_names():
     config = digits("reflow", step_size=0.5)
-    cycle = trace_cycle(meta_model(config), config.distill, BATCH)
+    cycle = trace_cycle(shapes_of(config), config.distill, BATCH)
     distiller, next_cond = built(config)
     assert measured_phases(distiller, next_cond, cycles=2).keys() == cycle.phases.keys()
     assert distiller.num_updates == {"aux": 0, "student": 3}
@@ -200,13 +200,13 @@ def test_measured_and_predicted_phases_of_a_cycle_have_the_same_names():
 def test_a_unet_without_a_file_has_the_sizes_of_its_training():
     config = preset("cifar10")
     config = replace(config, distill=replace(config.distill, objective="meanflow"))
-    backbone, real = meta_model(config).backbone, UNet(UNetConfig())
+    backbone, real = shapes_of(config).backbone, UNet(UNetConfig())
     for ours, theirs in (
         (backbone.teacher, real),
         (backbone.student, with_second_time(real)),
     ):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
-    cycle = trace_cycle(meta_model(config), config.distill, 1)
+    cycle = trace_cycle(shapes_of(config), config.distill, 1)
     assert cycle.gradients.keys() == {"student"} and cycle.total.flops > 0
 
 

@@ -13,7 +13,7 @@ from small_runs import largest_file
 
 from mfd_fast.files.weights import save_weights
 from mfd_fast.files.whole import clean, staged, write_text, written
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run.folder import RunFolder
 
 LARGE = 50_000

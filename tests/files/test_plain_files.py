@@ -9,6 +9,7 @@ import pytest
 
 from mfd_fast.distill.config import OptimConfig
 from mfd_fast.files.plain import parse_json, read_yaml
+from mfd_fast.models import PRESETS, load_config, preset
 from mfd_fast.models.cifar10.teacher import Cifar10Pretrain
 from mfd_fast.models.cifar10.unet import UNetConfig
 from mfd_fast.models.digits.dit import DiTConfig
@@ -17,10 +18,9 @@ from mfd_fast.models.occfm.config import OccfmConfig
 from mfd_fast.models.occfm.pretrain import TeacherPretrain, VaePretrain
 from mfd_fast.models.occfm.run_config import read_run_configs
 from mfd_fast.models.occfm.vae.config import VaeConfig
-from mfd_fast.models.presets import PRESETS, load_config, preset, with_file
 from mfd_fast.models.sana.config import SanaConfig
 from mfd_fast.models.sana.text.prompts import open_prompts
-from mfd_fast.run.config import from_dict, to_dict
+from mfd_fast.run.config import from_dict, to_dict, with_file
 from mfd_fast.settings import Settings, ranges
 
 PACKAGE = Path(__file__).parents[2] / "mfd_fast"

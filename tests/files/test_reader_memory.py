@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from mfd_fast.files.pickles import load_plain_pickle
 from mfd_fast.files.tensors import read_tensors
+from mfd_fast.models import preset
 from mfd_fast.models.cifar10.data import load_cifar10
 from mfd_fast.models.cifar10.unet import load_unet
 from mfd_fast.models.digits.dit import load_dit
@@ -34,11 +35,11 @@ from mfd_fast.models.occfm.data.files import (
 from mfd_fast.models.occfm.data.store import OccupancyStore
 from mfd_fast.models.occfm.loading import load_transition, load_vae, load_vae3d, read_checkpoint
 from mfd_fast.models.occfm.run_config import read_run_configs
-from mfd_fast.models.presets import preset, with_file
 from mfd_fast.models.sana.loading import load_sana_transformer
 from mfd_fast.models.sana.lora_files import read_lora
 from mfd_fast.models.sana.text.prompts import open_prompts
 from mfd_fast.models.sana.text.store import TextStore
+from mfd_fast.run.config import with_file
 
 SPARE = 256 << 20  # bytes that any reader may take
 HUGE = 1 << 34  # bytes that none may

@@ -12,7 +12,7 @@ import torch
 
 from mfd_fast import cli
 from mfd_fast.distill.config import DistillConfig
-from mfd_fast.models.presets import PRESETS, load_config, preset
+from mfd_fast.models import PRESETS, load_config, preset
 from mfd_fast.run.config import RunConfig, from_dict, save_config, to_dict
 from mfd_fast.run.console import plan_of
 

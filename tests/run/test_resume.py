@@ -29,7 +29,7 @@ from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.distill.ranks import Ranks
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run import session as runner
 from mfd_fast.run.checkpoint import checkpoints_in, read
 from mfd_fast.run.config import to_dict
@@ -348,7 +348,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
 def test_the_lock_of_a_killed_run_is_no_obstacle(tmp_path):
     code = (
         "import os, sys; from mfd_fast.run.folder import RunFolder; "
-        "from mfd_fast.models.presets import preset; "
+        "from mfd_fast.models import preset; "
         "RunFolder.create(sys.argv[1], preset('digits')); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]

@@ -1,26 +1,19 @@
 """How good are samples of digits: Frechet distances, precision, recall, class accuracy, speed."""
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from mfd_fast.flow.integrate import generate, guided
-from mfd_fast.flow.solvers import EVALUATIONS_PER_STEP
 from mfd_fast.metrics import frechet_distance, precision_recall
 from mfd_fast.models.digits.classifier import NUM_CLASSES, DigitsClassifier
 from mfd_fast.models.digits.data import load_digits
 from mfd_fast.models.digits.dit import DiT
-from mfd_fast.models.table import markdown_table
-
-Sampler = Callable[[Tensor, Tensor], Tensor]
+from mfd_fast.models.images import Sampler, TeacherSampler, draw_images, sampler_name
+from mfd_fast.run.table import markdown_table
 
 TEACHER_STEPS = (50, 10, 5, 2, 1)
-BATCH_SIZE = 500
-WARMUP_SAMPLES = 10
 # Far from any seed of a run, so that the reference set shares no noise with the rows.
 REFERENCE_SEED_OFFSET = 1_000_003
 
@@ -37,36 +30,10 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class DiTSampler:
-    """``sampler(noise, labels) -> images`` of a ``DiT``: equal solver steps, optional guidance."""
-
-    model: DiT
-    steps: int
-    guidance: float = 1.0
-    solver: str = "euler"
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of one sample; guidance doubles them, and so does Heun's solver."""
-        passes = 1 if self.guidance == 1.0 else 2
-        return self.steps * passes * EVALUATIONS_PER_STEP[self.solver]
-
-    def __call__(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Images like ``noise`` ``[B, 1, 8, 8]`` for ``labels`` ``[B]`` int64."""
-        velocity = guided(lambda x, t: self.model(x, t, labels), self.model, self.guidance)
-        return generate(velocity, noise, steps=self.steps, solver=self.solver)
-
-
-def sampler_name(role: str, steps: int) -> str:
-    """How tables and pictures call a sampler, ``"teacher, 50 steps"``."""
-    return f"{role}, {steps} step{'' if steps == 1 else 's'}"
-
-
-def teacher_samplers(teacher: DiT, guidance: float) -> dict[str, DiTSampler]:
+def teacher_samplers(teacher: DiT, guidance: float) -> dict[str, TeacherSampler]:
     """The guided teacher at ``TEACHER_STEPS``, by name; the first is the usual reference."""
     return {
-        sampler_name("teacher", steps): DiTSampler(teacher, steps, guidance)
+        sampler_name("teacher", steps): TeacherSampler(teacher, steps, guidance)
         for steps in TEACHER_STEPS
     }
 
@@ -147,22 +114,6 @@ def draw_noise(num_samples: int, seed: int, device: torch.device | str) -> Tenso
     """Standard normal ``[num_samples, 1, 8, 8]``, the same on every device."""
     generator = Generator().manual_seed(seed)
     return torch.randn(num_samples, 1, 8, 8, generator=generator).to(device)
-
-
-def draw_images(sampler: Sampler, noise: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Images clamped to [-1, 1], and the seconds that sampling took after a small warm-up."""
-    batches = list(zip(noise.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
-    sampler(noise[:WARMUP_SAMPLES], labels[:WARMUP_SAMPLES])
-    _finish(noise.device)
-    start = time.perf_counter()
-    images = torch.cat([sampler(*batch) for batch in batches])
-    _finish(noise.device)
-    return images.clamp(-1, 1), time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from mfd_fast.models.occfm.scores import OccupancyCounts, OccupancyScores, frech
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
 from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
-from mfd_fast.models.table import markdown_table
+from mfd_fast.run.table import markdown_table
 
 Forecast = Callable[[Sequence[int]], Tensor]  # windows to class ids uint8 [B, 6, X, Y, Z]
 

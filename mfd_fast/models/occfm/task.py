@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from mfd_fast.backbones.activation import apply_activation_policy
-from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.lanes import CopiedBackbone
-from mfd_fast.backbones.networks import names_of
 from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.times import Schedule
-from mfd_fast.models.occfm import BLOCKS, OccfmNetwork, null_condition
+from mfd_fast.models.occfm.backbone import occfm_backbone
 from mfd_fast.models.occfm.data.store import OccupancyStore
 from mfd_fast.models.occfm.data.windows import OccupancyWindows
 from mfd_fast.models.occfm.evaluate import (
@@ -34,23 +31,23 @@ from mfd_fast.models.occfm.loading import (
     load_vae3d,
     save_occfm_transition,
 )
+from mfd_fast.models.occfm.network import OccfmNetwork
+from mfd_fast.models.occfm.presets import OccfmRun
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
-from mfd_fast.models.presets import OccfmRun
-from mfd_fast.run.device import pick_device
 from mfd_fast.run.folder import STUDENT, RunFolder
-from mfd_fast.run.task import pictures
+from mfd_fast.run.task import Task, pictures
 
 EVALUATION_SEED = 1
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 SAMPLES = 3  # forecasts of one window
 
 
-class OccfmTask:
-    """See ``tasks.base.Task``."""
+class OccfmTask(Task):
+    """See ``run.task.Task``."""
 
     def __init__(self, config: OccfmRun):
-        self.config, self.settings = config, config.occfm
-        self.device = pick_device(config.train.device)
+        super().__init__(config)
+        self.settings = config.occfm
         if config.distill.student_solver != "euler":
             raise ValueError(
                 "distill.student_solver must be euler, the sampler of OccFM; got "
@@ -100,30 +97,8 @@ class OccfmTask:
     def data(self) -> str:
         return self.training.store.digest
 
-    def remarks(self, num_samples: int) -> list[str]:
-        return []
-
     def backbone(self) -> CopiedBackbone | SharedBackbone:
-        shape, policy = self.teacher.config.sample_shape, self.config.train.activation
-        if not self.settings.rank:
-            copies = CopiedBackbone(self.teacher, sample_shape=shape, null_cond=null_condition)
-            apply_activation_policy(copies.student, policy, BLOCKS)
-            return copies
-        bank = AdapterBank(
-            self.teacher,
-            rank=self.settings.rank,
-            alpha=self.settings.alpha,
-            targets=names_of(self.settings.targets),
-            generator=Generator().manual_seed(self.config.distill.seed),
-        )
-        return SharedBackbone(
-            self.teacher,
-            adapters=bank,
-            sample_shape=shape,
-            null_cond=null_condition,
-            activation=policy,
-            blocks=BLOCKS,
-        )
+        return occfm_backbone(self.teacher, self.config)
 
     def conditions(self) -> Callable[[int], dict[str, Tensor]]:
         """History and trajectory of shuffled training windows."""
@@ -165,18 +140,16 @@ class OccfmTask:
 
     def draw_pictures(self, run: RunFolder) -> list[Path]:
         from mfd_fast.models.occfm.pictures import forecast_animation, forecast_grid
-        from mfd_fast.pictures.grids import training_curves
 
         shown = self.validation.spread(3)[1:2]
         rows = {"ground truth": self.validation.truth(shown)[0]}
         noise, cond = self.validation.noise(shown, EVALUATION_SEED), self.validation.cond(shown)
         for name, forecaster in self._forecasters(run).items():
             rows[name.replace(", ", "\n")] = forecaster(noise, cond)[0]
-        paths = [run / "forecast.png", run / "forecast.gif", run / "training_curves.png"]
+        paths = [run / "forecast.png", run / "forecast.gif"]
         forecast_grid(rows, paths[0], title=f"Forecasts of validation window {shown[0]}")
         forecast_animation(rows, paths[1])
-        training_curves(run.history(), paths[2])
-        return paths
+        return [*paths, *super().draw_pictures(run)]
 
     def preview(self, distiller: Distiller, path: Path) -> None:
         from mfd_fast.models.occfm.pictures import forecast_grid
@@ -204,9 +177,6 @@ class OccfmTask:
             noise = self.validation.noise(shown, seed + i)
             rows[f"student\nnoise {seed + i}"] = student(noise, cond)[0]
         forecast_grid(rows, path, title=f"Validation window {shown[0]}")
-
-    def export(self, run: RunFolder, out: Path) -> Path:
-        raise ValueError(f"{run / STUDENT} is a full checkpoint already; copy it")
 
     @cached_property
     def vae(self):

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mfd_fast.backbones.adapters import AdapterBank
-from mfd_fast.backbones.networks import names_of
 from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.integrate import generate, guided
 from mfd_fast.flow.times import Schedule
-from mfd_fast.models.presets import SanaRun
+from mfd_fast.models.sana.backbone import sana_backbone
 from mfd_fast.models.sana.decoder import LatentDecoder, check_decoder
 from mfd_fast.models.sana.embeddings import TIMESTEPS
 from mfd_fast.models.sana.loading import (
@@ -32,16 +30,16 @@ from mfd_fast.models.sana.lora_files import (
     save_diffusers_lora,
 )
 from mfd_fast.models.sana.merged import save_merged
-from mfd_fast.models.sana.network import BLOCKS, SanaNetwork
+from mfd_fast.models.sana.network import SanaNetwork
+from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.models.sana.sampler import SOLVER, load_schedule
 from mfd_fast.models.sana.scores import COLUMNS as SCORE_COLUMNS
 from mfd_fast.models.sana.scores import SanaScores
 from mfd_fast.models.sana.text.source import SanaText
-from mfd_fast.models.table import markdown_table
 from mfd_fast.pictures.rows import image_rows
-from mfd_fast.run.device import pick_device
 from mfd_fast.run.folder import STUDENT, RunFolder
-from mfd_fast.run.task import pictures
+from mfd_fast.run.table import markdown_table
+from mfd_fast.run.task import Task, pictures
 
 WITH_TEACHER = "student_with_teacher_lora.safetensors"
 COMFYUI = "{}_comfyui.safetensors"  # beside either
@@ -60,13 +58,12 @@ COLUMNS = (
 )
 
 
-class SanaTask:
-    """See ``tasks.base.Task``."""
+class SanaTask(Task):
+    """See ``run.task.Task``."""
 
     def __init__(self, config: SanaRun):
-        self.config = config
+        super().__init__(config)
         self.settings = config.sana
-        self.device = pick_device(config.train.device)
         self.checkpoint = config.teacher or self._random_checkpoint()
         self.dtype = DTYPES[self.settings.dtype]
         self.schedule_of = load_schedule(self.checkpoint, self._revision)
@@ -106,27 +103,9 @@ class SanaTask:
     def data(self) -> str:
         return self.text.digest
 
-    def remarks(self, num_samples: int) -> list[str]:
-        return []
-
     def backbone(self) -> SharedBackbone:
-        network = self._network()
-        settings, train = self.settings, self.config.train
-        bank = AdapterBank(
-            network,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            targets=names_of(settings.targets),
-            generator=Generator().manual_seed(self.config.distill.seed),
-        )
-        return SharedBackbone(
-            network,
-            adapters=bank,
-            sample_shape=self.sample_shape,
-            null_cond=self.text.null_cond,
-            activation=train.activation,
-            blocks=BLOCKS,
-        )
+        shape, null = self.sample_shape, self.text.null_cond
+        return sana_backbone(self._network(), self.config, sample_shape=shape, null_cond=null)
 
     def schedule(self) -> Schedule:
         return self.schedule_of(self.config.distill.student_steps)
@@ -221,8 +200,6 @@ class SanaTask:
         return markdown_table(rows, (*COLUMNS, *SCORE_COLUMNS) if scored else COLUMNS)
 
     def draw_pictures(self, run: RunFolder) -> list[Path]:
-        from mfd_fast.pictures.grids import training_curves
-
         captions, cond = self.text.grid(IMAGES)
         noise = self._noise(len(captions), SEED)
         steps, scale = self.config.distill.student_steps, self.config.distill.guidance
@@ -233,10 +210,8 @@ class SanaTask:
         }
         network = self._network(read_lora(run / STUDENT))
         latents[f"student, {steps} steps"] = self._latents(network, cond, noise, steps, 1.0)
-        paths = [run / GRID, run / "training_curves.png"]
-        image_rows(self._decoded(latents), paths[0], captions=captions)
-        training_curves(run.history(), paths[1])
-        return paths
+        image_rows(self._decoded(latents), run / GRID, captions=captions)
+        return [run / GRID, *super().draw_pictures(run)]
 
     def preview(self, distiller: Distiller, path: Path) -> None:
         """A grid of the student as it is now; between updates, never inside one."""

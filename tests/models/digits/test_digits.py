@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from mfd_fast.models.digits.classifier import augment
 from mfd_fast.models.digits.data import load_digits
 from mfd_fast.models.digits.dit import DiT, DiTConfig
-from mfd_fast.models.digits.evaluate import DiTSampler, draw_noise, evaluate_digits, format_table
+from mfd_fast.models.digits.evaluate import draw_noise, evaluate_digits, format_table
 from mfd_fast.models.digits.teacher import (
     FILES,
     PACKAGED,
@@ -22,6 +22,7 @@ from mfd_fast.models.digits.teacher import (
     lr_factor,
     pretrain,
 )
+from mfd_fast.models.images import TeacherSampler
 from mfd_fast.pictures.grids import sample_grid, smoothed, training_curves
 
 
@@ -74,7 +75,7 @@ def test_packaged_classifier_knows_the_digits(classifier):
 def test_packaged_teacher_draws_the_class_it_is_asked_for(teacher, classifier):
     labels = torch.arange(200) % 10
     with torch.no_grad():
-        images = DiTSampler(teacher, 10, guidance=2.0)(draw_noise(200, 0, "cpu"), labels)
+        images = TeacherSampler(teacher, 10, guidance=2.0)(draw_noise(200, 0, "cpu"), labels)
         agrees = classifier(images).argmax(1) == labels
     assert agrees.double().mean() > 0.9
 
@@ -173,9 +174,9 @@ def test_unknown_reference_is_named(classifier):
 
 def test_evaluations_are_counted():
     model = DiT(DiTConfig(width=8, depth=1, heads=1))
-    assert DiTSampler(model, 5).nfe == 5
-    assert DiTSampler(model, 5, guidance=2.0).nfe == 10
-    assert DiTSampler(model, 5, guidance=2.0, solver="heun").nfe == 20
+    assert TeacherSampler(model, 5).nfe == 5
+    assert TeacherSampler(model, 5, guidance=2.0).nfe == 10
+    assert TeacherSampler(model, 5, guidance=2.0, solver="heun").nfe == 20
 
 
 def test_table_is_aligned_and_shows_missing_counts():

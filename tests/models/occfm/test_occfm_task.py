@@ -15,11 +15,13 @@ pytest.importorskip("matplotlib")
 
 from mfd_fast.cli import main
 from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models import preset
 from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, forecast
 from mfd_fast.models.occfm.data.store import OccupancyStore
 from mfd_fast.models.occfm.data.windows import OccupancyBatch, OccupancyWindows
 from mfd_fast.models.occfm.evaluate import Windows, evaluate_forecasts, format_table
 from mfd_fast.models.occfm.loading import load_transition, load_vae
+from mfd_fast.models.occfm.presets import OccfmSettings
 from mfd_fast.models.occfm.pretrain import (
     FINAL_LR,
     FitConfig,
@@ -34,7 +36,6 @@ from mfd_fast.models.occfm.pretrain import (
 from mfd_fast.models.occfm.task import DTYPES, OccfmTask
 from mfd_fast.models.occfm.tiny import make_tiny_files
 from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
-from mfd_fast.models.presets import OccfmSettings, preset
 from mfd_fast.run.config import TrainConfig
 
 

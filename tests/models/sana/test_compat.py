@@ -6,7 +6,7 @@ import pytest
 
 from mfd_fast import cli
 from mfd_fast.cli.compat import REFUSED, _switches, _takers, apply_settings, read_flags
-from mfd_fast.models.presets import preset
+from mfd_fast.models import preset
 from mfd_fast.run.config import to_dict
 
 # The flags of the official launch script, but for --validation_epochs, which is refused.

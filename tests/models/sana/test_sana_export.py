@@ -7,11 +7,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from mfd_fast.models.presets import SanaRun, preset
+from mfd_fast.models import preset
 from mfd_fast.models.sana import load_sana_transformer
 from mfd_fast.models.sana.lora_files import Lora, merge_lora, read_lora, save_diffusers_lora
+from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
-from mfd_fast.models.tasks import make_task
 from mfd_fast.run.config import from_dict, to_dict
 
 diffusers = pytest.importorskip("diffusers")
@@ -48,7 +48,7 @@ def exported(checkpoint, run, out, **sana):
     tree = to_dict(preset("sana-tiny")) | {"teacher": str(checkpoint)}
     tree["sana"] |= {"dtype": "float32"} | sana
     tree["train"] |= {"device": "cpu"}
-    return make_task(from_dict(SanaRun, tree)).export(run, out)
+    return from_dict(SanaRun, tree).task().export(run, out)
 
 
 def assert_whole(out, plain, run):

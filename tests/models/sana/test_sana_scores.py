@@ -14,9 +14,9 @@ from mfd_fast import cli
 from mfd_fast.metrics import frechet_distance
 from mfd_fast.metrics.image_features import DinoFeatures
 from mfd_fast.metrics.image_scores import load_scores, score_images
+from mfd_fast.models import open_run
 from mfd_fast.models.sana.scores import COLUMNS, SanaScores, parse_sources
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
-from mfd_fast.run.session import open_run
 
 PROMPTS = ["a red cube", "two cats", "a boat"]
 
@@ -99,7 +99,7 @@ def test_sources_may_have_a_file_of_their_own():
 
 def test_scores_are_for_images_of_prompts():
     from mfd_fast.cli.run import score_sources
-    from mfd_fast.models.presets import preset
+    from mfd_fast.models import preset
 
     with pytest.raises(ValueError, match="--scores judges images made of prompts; digits makes"):
         score_sources(preset("digits"), "clip=a")

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from mfd_fast import cli
 from mfd_fast.backbones.adapters import AdapterBank
-from mfd_fast.models.presets import MEMORY_PROFILES, SanaRun, preset, with_memory
+from mfd_fast.models import preset
 from mfd_fast.models.sana import load_sana_transformer
 from mfd_fast.models.sana.lora_files import Lora, merge_lora, read_lora, save_diffusers_lora
+from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
-from mfd_fast.models.tasks import make_task
-from mfd_fast.run.config import from_dict, to_dict
+from mfd_fast.run.config import MEMORY_PROFILES, from_dict, to_dict, with_memory
 
 from numerics import assert_as_accurate
 
@@ -107,8 +107,8 @@ def test_a_store_gives_the_run_the_same_text_as_its_prompts(checkpoint, prompts,
     store = tmp_path / "store"
     command = ["encode-prompts", str(checkpoint), "--prompts", str(prompts), "--out", str(store)]
     assert cli.main(command) == 0
-    from_file = make_task(settings(checkpoint, prompts=str(prompts))).conditions()
-    from_store = make_task(settings(checkpoint, prompts=str(store))).conditions()
+    from_file = settings(checkpoint, prompts=str(prompts)).task().conditions()
+    from_store = settings(checkpoint, prompts=str(store)).task().conditions()
     for n in (0, 1, 7):
         one, two = from_file(n), from_store(n)
         assert torch.equal(one["mask"], two["mask"])
@@ -129,8 +129,8 @@ def test_a_teacher_lora_belongs_to_every_role_and_to_the_file_for_the_plain_chec
                "--sana.prompts", str(prompts), "--sana.teacher-lora", str(teacher_lora),
                *SHORT]  # fmt: skip
     assert cli.main(command) == 0
-    task = make_task(settings(checkpoint, prompts=str(prompts), teacher_lora=str(teacher_lora)))
-    plain = make_task(settings(checkpoint, prompts=str(prompts)))
+    task = settings(checkpoint, prompts=str(prompts), teacher_lora=str(teacher_lora)).task()
+    plain = settings(checkpoint, prompts=str(prompts)).task()
     student = task._network(read_lora(folder / "student.safetensors"))
     both = plain._network(read_lora(folder / "student_with_teacher_lora.safetensors"))
     name = "transformer_blocks.0.attn1.to_q"

@@ -139,12 +139,12 @@ def stand_in(mode: OnFakeCuda) -> None:
         kernel, *args, **{k: v for k, v in kwargs.items() if k != "warmup"}
     )
     import mfd_fast.distill.distiller
-    import mfd_fast.models.digits.task
+    import mfd_fast.run.task
     from bench import sana_mini, step_loops
 
     host_generator = torch.Generator
     mfd_fast.distill.distiller.Generator = lambda *_: host_generator()
-    mfd_fast.models.digits.task.pick_device = torch.device
+    mfd_fast.run.task.pick_device = torch.device
     sana_mini.CONFIGS["1.6b"] = {"num_layers": SANA_LAYERS}
     step_loops.INTERVAL = INTERVAL
     step_loops.CapturedDistiller = partial(step_loops.CapturedDistiller, graph=Call)
@@ -208,25 +208,26 @@ def updates(model: str, variant: str) -> dict[str, Callable]:
 
 def conditions() -> dict[str, Callable]:
     """Task -> the conditions of an update."""
+    from mfd_fast.models import preset
     from mfd_fast.models.cifar10.task import Cifar10Task
     from mfd_fast.models.digits.task import DigitsTask
     from mfd_fast.models.occfm.data.windows import OccupancyBatch
     from mfd_fast.models.occfm.evaluate import condition
-    from mfd_fast.models.presets import preset
     from mfd_fast.models.sana.text.conditions import TextConditions
 
     config = preset("digits")
     config.train.__dict__["device"] = "cuda"
     images = torch.zeros(9, 3, 32, 32, dtype=torch.uint8)
-    cifar10 = SimpleNamespace(
-        config=config, device=torch.device("cuda"), _uses_data=lambda: True, _images=lambda: images
-    )
+    cifar10 = Cifar10Task.__new__(Cifar10Task)
+    cifar10.config, cifar10.device = config, torch.device("cuda")
+    cifar10.conditions = partial(cifar10.drawn_with_data, config.train.batch_size)
+    cifar10._images = lambda: images
     text = {"text": torch.zeros(2, 5, 8), "mask": torch.ones(2, 5, dtype=torch.bool)}
     source = SimpleNamespace(null=torch.zeros(2, 8), longest=5, batch=lambda *_: text)
     windows = OccupancyBatch(torch.zeros(1, 12, 8, 4, 4), torch.zeros(1, 6, 2))
     return {
         "digits": partial(DigitsTask(config).conditions(), 0),
-        "cifar10": partial(Cifar10Task.conditions(cifar10), 0),
+        "cifar10": partial(cifar10.conditions(), torch.Generator()),
         "sana": partial(TextConditions(source, batch_size=2, seed=0, device="cuda").next_cond, 0),
         "occfm": partial(condition, windows, torch.device("cuda")),
     }

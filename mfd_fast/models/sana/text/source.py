@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfd_fast.models.presets import SanaRun
+from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.models.sana.text.conditions import EncodedText, StoredText, TextConditions
 from mfd_fast.models.sana.text.encoder import (
     SanaTextEncoder,
