@@ -81,9 +81,7 @@ def profiled(
     }
     return rows, {
         "waits": result.waits,
-        "gaps": len(result.gaps),
-        "gaps_ms": round(1e3 * sum(result.gaps), 4),
-        "memory_mb": round(max(size for _, size in result.memory) / 1e6, 1),
+        "memory_mb": round(max(result.memory.values()) / 1e6, 1),
         "slowest": slowest,
     }
 

@@ -3,7 +3,6 @@
 Operators as bars of their speed-up over eager PyTorch, everything else as tables.
 """
 
-import base64
 import json
 from dataclasses import dataclass
 from html import escape
@@ -11,11 +10,8 @@ from pathlib import Path
 
 from bench.suite import COLUMNS, Comparison, case_of, columns_of, compare, summary, time_of
 from bench.waterfall import ROLES, reference, variants
+from mfd_fast.pictures import page
 
-STYLE = (
-    "body{font:15px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:right}"
-    "td:first-child{text-align:left}"
-)
 ROW_INCHES, HEAD_INCHES, WIDTH = 0.22, 0.75, 10.0
 
 
@@ -34,16 +30,14 @@ def report(files: list[Path], folder: Path) -> str:
     picture = folder / "comparison.png"
     draw(results, picture)
     line, first = summary(results), results[0]
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>mfd-fast bench</title>",
-        f"<style>{STYLE}</style>",
-        f"<h1>mfd-fast bench</h1><p>{escape(first['device'])}, {first['threads']} threads, torch "
-        f"{escape(first['torch'])}, commit {escape(first['commit'])}, {escape(first['date'])}</p>",
-        f"<p>{escape(line)}</p><img src='data:image/png;base64,{encoded}' style='max-width:100%'>",
-        *(_html(table_of(result)) for result in results),
-    ]
-    (folder / "report.html").write_text("\n".join(parts))
+    place = (
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit "
+        f"{first['commit']}, {first['date']}"
+    )
+    parts = [f"<p>{escape(place)}</p><p>{escape(line)}</p>", page.figure(picture)]
+    for found in map(table_of, results):
+        parts.append(f"<h2>{escape(found.title)}</h2>{page.table(found.head, found.rows)}")
+    page.write_page(folder / "report.html", "mfd-fast bench", parts)
     return line
 
 
@@ -101,14 +95,6 @@ def _waterfall(result: dict, then: dict[tuple, Comparison]) -> Table:
 
 def _a_sample(row: dict) -> float:
     return row["seconds"] / row["batch"]
-
-
-def _html(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}" for name in table.head)
-    lines = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}</tr>" for row in table.rows
-    )
-    return f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{lines}</table>"
 
 
 def draw(results: list[dict], path: Path) -> None:

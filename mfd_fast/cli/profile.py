@@ -9,17 +9,17 @@ from mfd_fast.cli.options import options, positional, preset_config
 
 HELP = """mfd-fast profile PRESET [options] [settings as for distill]
 
-  --out FOLDER   for trace.json and profile.png; runs/profile-PRESET if left out
+  --out FOLDER   for trace.json; runs/profile-PRESET if left out
   --cycles N     timed cycles, 3 if left out
   --batch B      samples an update
 
 mfd-fast profile PRESET --help lists the settings too."""
-TRACE, PICTURE = "trace.json", "profile.png"
+TRACE = "trace.json"
 CYCLES = 3
 
 
 def profile(argv: list[str]) -> None:
-    """Profile a few cycles; leaves a Chrome trace and a picture in the folder."""
+    """Profile a few cycles; leaves a Chrome trace in the folder."""
     if {"-h", "--help"} & set(argv):
         print(HELP)
         if argv[0].startswith("-"):
@@ -35,14 +35,12 @@ def profile(argv: list[str]) -> None:
     _check_folder(folder)
     from mfd_fast.cli.built import built
     from mfd_fast.cost.profile import profile_cycles, summary
-    from mfd_fast.cost.profile_picture import profile_picture
 
     distiller, next_cond = built(config)
     _make_folder(folder)
     result = profile_cycles(distiller, next_cond, folder / TRACE, cycles=cycles)
-    profile_picture(result, folder / PICTURE)
     print(summary(result))
-    print(folder / TRACE, folder / PICTURE, sep="\n")
+    print(folder / TRACE)
 
 
 def _check_folder(folder: Path) -> None:

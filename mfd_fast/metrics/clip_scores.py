@@ -1,4 +1,4 @@
-"""Scores by the cosine of CLIP embeddings: CLIP Score, PickScore and HPSv2.
+"""Scores on CLIP embeddings: CLIP Score, PickScore, HPSv2 by the cosine, LAION's by a head.
 
     score = factor * cos(image, prompt)
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfd_fast.files.tensors import read_tensors
+from mfd_fast.files.tensors import load_head, read_tensors
 from mfd_fast.metrics.open_clip_names import to_transformers_names
 from mfd_fast.metrics.pretrained import (
     ImageProcessor,
@@ -37,13 +37,7 @@ class ClipEmbedder:
     ``OSError`` or ``ValueError`` names a model that is missing or of another kind.
     """
 
-    def __init__(
-        self,
-        model: str,
-        file: str = "",
-        *,
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, model: str, file: str = "", *, device: torch.device | str = "cpu"):
         tensors = to_transformers_names(read_tensors(file), file) if file else None
         folder = model_folder(model, has_weights=not file)
         self.device = torch.device(device)
@@ -68,11 +62,7 @@ class ClipEmbedder:
 
     def _prompts(self, prompts: list[str]) -> Tensor:
         tokens = self._tokenize(
-            prompts,
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
+            prompts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
         pooled = self.network.text_model(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
@@ -81,30 +71,49 @@ class ClipEmbedder:
 
 
 class CosineScore:
-    """``factor * cos(image, prompt)`` of every pair, ``[N]`` on the CPU."""
+    """``factor * cos(image, prompt)`` of every pair, ``[N]`` on the CPU.
 
-    def __init__(self, embedder: ClipEmbedder, factor: float):
-        self.embedder, self.factor = embedder, factor
+    With ``only_square``, ``ValueError`` for other images: where the preprocessor cuts their edges
+    off, HPSv2's own keeps and pads them.
+    """
+
+    def __init__(self, embedder: ClipEmbedder, factor: float, *, only_square: bool = False):
+        self.embedder, self.factor, self.only_square = embedder, factor, only_square
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.only_square and images.shape[-1] != images.shape[-2]:
+            raise ValueError(
+                f"HPSv2 is for square images here, got {list(images.shape[-2:])}; crop or pad them"
+            )
         image, prompt = self.embedder.of_images(images), self.embedder.of_prompts(prompts)
         return self.factor * (image * prompt).sum(1)
 
 
-class HpsScore(CosineScore):
-    """The cosine, of square images only: where others lose their edges to the preprocessor, HPSv2's
-    own keeps and pads them.
+class AestheticScore:
+    """LAION's predicted rating of every image, roughly 1 to 10, ``[N]`` on the CPU.
+
+    A linear head on CLIP image embeddings (Schuhmann et al., 2022); prompts do not matter.
+
+    Args:
+        model: the CLIP whose embeddings the head was trained on, ``openai/clip-vit-large-patch14``.
+        file: the head, ``sac+logos+ava1-l14-linearMSE.pth``; it stays on the CPU.
+
+    ``OSError`` or ``ValueError`` names what is missing or does not fit.
     """
 
-    def __init__(self, embedder: ClipEmbedder):
-        super().__init__(embedder, 1.0)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if images.shape[-1] != images.shape[-2]:
+    def __init__(self, model: str, file: str = "", *, device: torch.device | str = "cpu"):
+        if not file:
             raise ValueError(
-                f"HPSv2 is for square images here, got {list(images.shape[-2:])}; crop or pad them"
+                "the aesthetic predictor is a CLIP and the file of its head; name both: "
+                "openai/clip-vit-large-patch14:sac+logos+ava1-l14-linearMSE.pth"
             )
-        return super().__call__(images, prompts)
+        tensors = read_tensors(file)
+        self.embedder = ClipEmbedder(model, device=device)
+        self.head = load_head(tensors, self.embedder.network.config.projection_dim, file)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.head(self.embedder.of_images(images))
 
 
 def load_clip_score(model: str, file: str = "", *, device: torch.device | str) -> CosineScore:
@@ -118,16 +127,12 @@ def load_pick_score(model: str, file: str = "", *, device: torch.device | str) -
     return CosineScore(embedder, float(embedder.network.logit_scale.exp()) / PICK_UNIT)
 
 
-def load_hps_score(model: str, file: str = "", *, device: torch.device | str) -> HpsScore:
-    """HPSv2.
-
-    Args:
-        model: ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, whose config, tokenizer and preprocessor
-            are used with ``file``; or a folder that holds HPSv2's weights in transformers' layout.
-        file: ``HPS_v2_compressed.pt`` or ``HPS_v2.1_compressed.pt`` as published, an open_clip
-            checkpoint.
+def load_hps_score(model: str, file: str = "", *, device: torch.device | str) -> CosineScore:
+    """HPSv2: ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, whose config, tokenizer and preprocessor
+    are used with the file ``HPS_v2_compressed.pt`` or ``HPS_v2.1_compressed.pt`` as published; or a
+    folder that holds HPSv2's weights in transformers' layout.
     """
-    return HpsScore(ClipEmbedder(model, file, device=device))
+    return CosineScore(ClipEmbedder(model, file, device=device), 1.0, only_square=True)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on i
 IMAGE, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 NOT_USED = ("blip.vision_proj.", "blip.text_proj.")
 VISION_NAMES = {  # part of a name in the file -> in transformers
+    "norm.": "post_layernorm.",
     "patch_embed.proj": "embeddings.patch_embedding",
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -55,24 +56,20 @@ class ImageReward:
                 "ImageReward is a tokenizer and the file of its weights; name both: "
                 "google-bert/bert-base-uncased:ImageReward.pt"
             )
-        tensors = read_tensors(file)
-        _check_names(tensors, file)
         self.device = torch.device(device)
-        vision = vision_weights(tensors)
-        text = _below(TEXT, tensors)
-        library = import_transformers()
-        self._vision = load_network(
-            "BlipVisionModel", vision_config(library, vision), file, tensors=vision
-        )
-        width = vision["embeddings.class_embedding"].shape[-1]
+        vision, text, head = parts_of(read_tensors(file), file)
+        try:
+            seeing = vision_config(vision)
+            reading = text_config(text, seeing.hidden_size)
+        except KeyError as error:
+            raise ValueError(
+                f"{file} does not hold ImageReward: it lacks {error}; name another file"
+            ) from None
+        self._vision = load_network("BlipVisionModel", seeing, file, tensors=vision)
         self._text = load_network(
-            "BlipTextModel",
-            text_config(library, text, width),
-            file,
-            tensors=text,
-            add_pooling_layer=False,
+            "BlipTextModel", reading, file, tensors=text, add_pooling_layer=False
         )
-        self._head = load_head(_below(HEAD, tensors), self._text.config.hidden_size, file)
+        self._head = load_head(head, reading.hidden_size, file)
         self._networks = nn.ModuleList([self._vision, self._text, self._head])
         self._prepare = ImageProcessor(size=self._vision.config.image_size)
         self._tokenize = load_tokenizer(model_folder(model, has_weights=False))
@@ -102,23 +99,30 @@ class ImageReward:
         return (self._head(read[:, 0]) - MEAN) / STD
 
 
-def vision_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The image encoder's tensors under transformers' names."""
-    renamed = {}
-    for name, tensor in _below(IMAGE, tensors).items():
-        if name.startswith("norm."):
-            name = f"post_layernorm.{name.removeprefix('norm.')}"
-        for ours, theirs in VISION_NAMES.items():
+def parts_of(tensors: Mapping[str, Tensor], file: str | Path) -> list[dict[str, Tensor]]:
+    """Image encoder, text encoder and head, under transformers' names.
+
+    ``ValueError`` unless every part is there and nothing else.
+    """
+    parts: dict[str, dict[str, Tensor]] = {IMAGE: {}, TEXT: {}, HEAD: {}}
+    for name, tensor in tensors.items():
+        prefix = next((prefix for prefix in (*parts, *NOT_USED) if name.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(
+                f"{file} does not hold ImageReward: it holds {name}; name another file"
+            )
+        name = name.removeprefix(prefix)
+        for ours, theirs in VISION_NAMES.items() if prefix == IMAGE else ():
             name = name.replace(ours, theirs)
-        renamed[name] = tensor
-    return renamed
+        parts.setdefault(prefix, {})[name] = tensor
+    return [parts[IMAGE], parts[TEXT], parts[HEAD]]
 
 
-def vision_config(library: Any, tensors: Mapping[str, Tensor]) -> Any:
+def vision_config(tensors: Mapping[str, Tensor]) -> Any:
     """BLIP's ViT of the size of ``tensors``, with the 1e-6 that BLIP's norms have."""
     width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
     grid = round((tensors["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-    return library.BlipVisionConfig(
+    return import_transformers().BlipVisionConfig(
         hidden_size=width,
         intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=_num_layers("encoder.layers.", tensors),
@@ -129,10 +133,10 @@ def vision_config(library: Any, tensors: Mapping[str, Tensor]) -> Any:
     )
 
 
-def text_config(library: Any, tensors: Mapping[str, Tensor], image_width: int) -> Any:
+def text_config(tensors: Mapping[str, Tensor], image_width: int) -> Any:
     """BLIP's BERT of the size of ``tensors``, with cross attention to the image."""
     vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
-    return library.BlipTextConfig(
+    return import_transformers().BlipTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         encoder_hidden_size=image_width,
@@ -142,34 +146,6 @@ def text_config(library: Any, tensors: Mapping[str, Tensor], image_width: int) -
         max_position_embeddings=tensors["embeddings.position_embeddings.weight"].shape[0],
         is_decoder=True,
     )
-
-
-def _check_names(tensors: Mapping[str, Tensor], file: str | Path) -> None:
-    """``ValueError`` unless every part is there and nothing else."""
-    known = (IMAGE, TEXT, HEAD, *NOT_USED)
-    needed = (
-        f"{IMAGE}cls_token",
-        f"{IMAGE}pos_embed",
-        f"{IMAGE}patch_embed.proj.weight",
-        f"{IMAGE}blocks.0.mlp.fc1.weight",
-        f"{TEXT}embeddings.word_embeddings.weight",
-        f"{TEXT}embeddings.position_embeddings.weight",
-        f"{TEXT}encoder.layer.0.intermediate.dense.weight",
-    )
-    missing = [name for name in needed if name not in tensors]
-    others = [name for name in tensors if not name.startswith(known)]
-    if missing or others:
-        what = f"it lacks {missing[0]}" if missing else f"it holds {others[0]}"
-        raise ValueError(f"{file} does not hold ImageReward: {what}; name another file")
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under a prefix, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def _num_layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:

@@ -5,8 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mfd_fast.metrics.aesthetic import AestheticScore
-from mfd_fast.metrics.clip_scores import load_clip_score, load_hps_score, load_pick_score
+from mfd_fast.metrics.clip_scores import (
+    AestheticScore,
+    load_clip_score,
+    load_hps_score,
+    load_pick_score,
+)
 from mfd_fast.metrics.image_reward import ImageReward
 from mfd_fast.metrics.pretrained import check_images
 

@@ -118,15 +118,20 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
     figure = new_figure(4.0 * len(curves), 3.0)
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, (title, colour, points) in zip(axes, curves, strict=True):
-        updates, values = zip(*points, strict=True)
-        axis.plot(updates, values, color=colour, alpha=0.25, linewidth=0.9, label="each logged row")
-        axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
-        axis.set_title(title, fontsize=10, color=INK, loc="left")
-        axis.set_xlabel("student updates", fontsize=9, color=INK)
+        draw_curve(axis, points, title, colour)
         axis.legend(fontsize=8, frameon=False)
-        plain_axis(axis)
     figure.tight_layout()
     write_png(figure, path)
+
+
+def draw_curve(axis: Any, points: list[tuple], title: str, colour: str) -> None:
+    """One run's (update, value), faint, and their moving average."""
+    updates, values = zip(*points, strict=True) if points else ((), ())
+    axis.plot(updates, values, color=colour, alpha=0.25, linewidth=0.9, label="each logged row")
+    axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.set_xlabel("student updates", fontsize=9, color=INK)
+    plain_axis(axis)
 
 
 def smoothed(values: tuple[float, ...]) -> list[float]:

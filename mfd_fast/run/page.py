@@ -1,6 +1,5 @@
-"""One or several runs as one HTML file that needs nothing else: no server, script or network."""
+"""One or several runs as one HTML file."""
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mfd_fast.files.whole import write_text
-from mfd_fast.pictures.grids import GRID, INK, new_figure, smoothed
+from mfd_fast.pictures.grids import draw_curve, new_figure
+from mfd_fast.pictures.page import figure, table, write_page
 from mfd_fast.run.config import read_settings
 from mfd_fast.run.folder import CONFIG, RESULTS, RunFolder
 
@@ -26,18 +25,6 @@ TITLES = {  # keys of metrics.jsonl that get a curve, in this order; others foll
 POSITION = "update"
 PREVIEWS = "preview-*.png"  # the sample grids drawn during the run
 MAX_PREVIEWS = 6
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1180px;margin:2rem auto;
-padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid
-#e4e7eb;padding-bottom:.2rem}table{border-collapse:collapse;font-size:.9rem;margin:.6rem 0}
-td,th{padding:.22rem .7rem;border-bottom:1px solid #e4e7eb;text-align:left;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}tr.differs td{background:#fffbea}
-img{max-width:100%;margin:.4rem 0;image-rendering:auto}figure{margin:.8rem 0}figcaption,.note{
-color:#616e7c;font-size:.88rem}.curves{display:grid;grid-template-columns:repeat(auto-fill,
-minmax(340px,1fr));gap:1rem}.curves svg{width:100%;height:auto}.key{display:inline-block;width:.9em;
-height:.9em;border-radius:2px;margin-right:.4em;vertical-align:-.1em}code{background:#f5f7fa;
-padding:.1em .3em;border-radius:3px}
-"""
 
 
 def write_report(runs: Sequence[RunFolder], path: str | Path) -> Path:
@@ -55,22 +42,22 @@ def write_report(runs: Sequence[RunFolder], path: str | Path) -> Path:
         raise ValueError(
             f"run folders in one report need different names; got {[str(r.path) for r in runs]}"
         )
-    title = f"mfd-fast: {', '.join(histories)}"
-    parts = [f"<h1>{escape(title)}</h1>", _legend(histories) if len(runs) > 1 else ""]
-    parts += ["<h2>Results</h2>", *(_results(run) for run in runs)]
-    parts += ["<h2>Curves</h2>", _curves(histories)]
-    parts += ["<h2>Pictures</h2>", *(_pictures(run) for run in runs)]
-    parts += [
-        "<h2>Configuration</h2>",
-        _comparison({r.path.name: flat(read_settings(r / CONFIG)) for r in runs}),
-    ]
-    environments = {r.path.name: flat(_result_file(r).get("environment", {})) for r in runs}
-    parts += ["<h2>Environment</h2>", _comparison(environments)]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    results = {run.path.name: _result_file(run) for run in runs}
+    colours = dict(zip(histories, COLOURS * len(runs), strict=False))
+    keys = "&nbsp; ".join(f"<b style='color:{c}'>{escape(name)}</b>" for name, c in colours.items())
+    write_page(
+        path,
+        f"mfd-fast: {', '.join(histories)}",
+        [
+            *("<h2>Results</h2>", *(_results(*pair) for pair in results.items())),
+            *("<h2>Curves</h2>", f"<p>{keys}</p>", _curves(histories, colours)),
+            *("<h2>Pictures</h2>", *map(_pictures, runs)),
+            "<h2>Configuration</h2>",
+            _comparison({run.path.name: flat(read_settings(run / CONFIG)) for run in runs}),
+            "<h2>Environment</h2>",
+            _comparison({name: flat(r.get("environment", {})) for name, r in results.items()}),
+        ],
     )
-    write_text(path, page)
     return Path(path)
 
 
@@ -78,10 +65,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves of nested mappings by dotted key."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
+        leaves |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {prefix + name: value}
+        )
     return leaves
 
 
@@ -100,95 +88,43 @@ def _result_file(run: RunFolder) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _legend(names: Mapping[str, Any]) -> str:
-    keys = [
-        f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{escape(name)}'
-        for i, name in enumerate(names)
-    ]
-    return f"<p>{' &nbsp; '.join(keys)}</p>"
-
-
-def _results(run: RunFolder) -> str:
-    results = _result_file(run)
+def _results(name: str, results: Mapping[str, Any]) -> str:
     if not results:
-        return f"<h3>{escape(run.path.name)}</h3><p class='note'>The run has not finished.</p>"
-    facts = {
-        "wall time": f"{results['seconds']:.0f} s",
-        "updates": ", ".join(f"{n} {role}" for role, n in results["updates"].items()),
-        "skipped": results["skipped_updates"],
-    }
+        return f"<h3>{escape(name)}</h3><p class='note'>The run has not finished.</p>"
+    updates = ", ".join(f"{n} {role}" for role, n in results["updates"].items())
+    facts = f"wall time: {results['seconds']:.0f} s; updates: {updates}; skipped: "
+    facts += str(results["skipped_updates"])
     if "peak_memory_gb" in results:
         counts = results.get("peak_memory_counts", "")  # older results do not say
-        facts["peak memory"] = f"{results['peak_memory_gb']:.3g} GB" + (counts and f", {counts}")
-    columns = list(results["table"][0]) if results["table"] else []
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr>{''.join(_cell(row[column]) for column in columns)}</tr>" for row in results["table"]
-    )
-    summary = "; ".join(f"{name}: {value}" for name, value in facts.items())
-    return (
-        f"<h3>{escape(run.path.name)}</h3><p class='note'>{escape(summary)}</p>"
-        f"<table><tr>{head}</tr>{body}</table>{_phases(results.get('phases', {}))}"
-    )
+        facts += f"; peak memory: {results['peak_memory_gb']:.3g} GB" + (counts and f", {counts}")
+    rows = results["table"]
+    parts = [f"<h3>{escape(name)}</h3><p class='note'>{escape(facts)}</p>"]
+    parts += [table(list(rows[0]), [row.values() for row in rows])] if rows else []
+    phases = {k: v for k, v in results.get("phases", {}).items() if ">" not in k}
+    if whole := sum(phase["seconds"] * phase["count"] for phase in phases.values()):
+        share = {name: p["seconds"] * p["count"] / whole for name, p in phases.items()}
+        timed = [[name, 1e3 * p["seconds"], 100 * share[name]] for name, p in phases.items()]
+        parts.append(table(["phase", "ms each", "share, %"], timed))
+    return "".join(parts)
 
 
-def _phases(phases: Mapping[str, Mapping[str, float]]) -> str:
-    """Seconds of every phase between two logged rows, with its share as a bar."""
-    totals = {
-        name: phase["seconds"] * phase["count"] for name, phase in phases.items() if ">" not in name
-    }
-    whole = sum(totals.values())
-    if not whole:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td>{_cell(1e3 * phases[name]['seconds'])}"
-        f"{_cell(100 * total / whole)}<td><span class='key' style='background:{COLOURS[0]};"
-        f"width:{12 * total / whole:.2f}em'></span></td></tr>"
-        for name, total in totals.items()
-    )
-    return f"<table><tr><th>phase</th><th>ms each</th><th>share, %</th><th></th></tr>{rows}</table>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f'<td class="n">{value:.4g}</td>'
-    if isinstance(value, int):
-        return f'<td class="n">{value}</td>'
-    return f"<td>{escape('-' if value is None else str(value))}</td>"
-
-
-def _curves(histories: Mapping[str, list[dict[str, Any]]]) -> str:
-    found = {key for rows in histories.values() for row in rows for key in row}
-    keys = [key for key in TITLES if key in found]
-    keys += sorted(found - {POSITION, *TITLES})
-    return f'<div class="curves">{"".join(_curve(key, histories) for key in keys)}</div>'
-
-
-def _curve(key: str, histories: Mapping[str, list[dict[str, Any]]]) -> str:
-    """One panel as inline SVG: every run's values, faint, and their moving average."""
+def _curves(histories: Mapping[str, list[dict]], colours: Mapping[str, str]) -> str:
+    """Panels as inline SVG: every run's values, faint, and their moving average."""
     import matplotlib
 
-    figure = new_figure(4.2, 2.7)
-    axis = figure.subplots()
-    for i, rows in enumerate(histories.values()):
-        points = [(row[POSITION], row[key]) for row in rows if key in row]
-        if not points:
-            continue
-        updates, values = zip(*points, strict=True)
-        colour = COLOURS[i % len(COLOURS)]
-        axis.plot(updates, values, color=colour, alpha=0.25, linewidth=0.8)
-        axis.plot(updates, smoothed(values), color=colour, linewidth=1.6)
-    axis.set_title(TITLES.get(key, key), fontsize=10, color=INK, loc="left")
-    axis.set_xlabel("student updates", fontsize=8, color=INK)
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.tick_params(labelsize=8, colors=INK)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    found = {key for rows in histories.values() for row in rows for key in row}
+    panels = []
+    for key in [*(k for k in TITLES if k in found), *sorted(found - {POSITION, *TITLES})]:
+        picture, buffer = new_figure(4.2, 2.7), io.StringIO()
+        axis = picture.subplots()
+        for name, rows in histories.items():
+            points = [(row[POSITION], row[key]) for row in rows if key in row]
+            draw_curve(axis, points, TITLES.get(key, key), colours[name])
+        picture.tight_layout()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+            picture.savefig(buffer, format="svg", metadata={"Date": None})
+        panels.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+    return f'<div class="curves">{"".join(panels)}</div>'
 
 
 def _pictures(run: RunFolder) -> str:
@@ -196,37 +132,18 @@ def _pictures(run: RunFolder) -> str:
     if len(previews) > MAX_PREVIEWS:  # evenly over the run, the first and the last among them
         last = len(previews) - 1
         previews = [previews[i * last // (MAX_PREVIEWS - 1)] for i in range(MAX_PREVIEWS)]
-    pictures = [
-        path
-        for path in sorted(run.path.glob("*.png"))
-        if path.name != "training_curves.png" and not path.match(PREVIEWS)
-    ]
-    figures = "".join(_figure(path) for path in [*pictures, *previews])
-    name = escape(run.path.name)
-    return f"<h3>{name}</h3>{figures or '<p class=note>No pictures yet.</p>'}"
-
-
-def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    name = escape(path.name)
-    return (
-        f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{name}</figcaption></figure>"
-    )
+    others = [path for path in sorted(run.path.glob("*.png")) if not path.match(PREVIEWS)]
+    pictures = [path for path in others if path.name != "training_curves.png"] + previews
+    shown = "".join(map(figure, pictures)) or "<p class='note'>No pictures yet.</p>"
+    return f"<h3>{escape(run.path.name)}</h3>{shown}"
 
 
 def _comparison(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of keys; rows in which the runs differ are marked and come first."""
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
     if not keys:
         return "<p class='note'>Nothing was recorded.</p>"
-    rows = {key: [column.get(key, "-") for column in columns.values()] for key in keys}
-    differing = [key for key in keys if any(value != rows[key][0] for value in rows[key])]
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(
-        f"<tr{' class=differs' if key in differing else ''}><td><code>{escape(key)}</code></td>"
-        + "".join(_cell(value) for value in rows[key])
-        + "</tr>"
-        for key in [*differing, *(key for key in keys if key not in differing)]
-    )
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    rows = [[key, *(column.get(key, "-") for column in columns.values())] for key in keys]
+    differing = [row for row in rows if any(value != row[1] for value in row[1:])]
+    same = [row for row in rows if row not in differing]
+    return table(["", *columns], [*differing, *same], marked=len(differing))

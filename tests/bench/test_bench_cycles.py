@@ -61,4 +61,4 @@ def test_a_profile_has_phases_and_their_families(monkeypatch, tmp_path):
     assert [row["phase"].split("/")[0] for row in result["rows"]] == ["aux"] * 4 + ["student"] * 4
     assert all(row["ms"] > 0 and "product" in row["families_ms"]
                for row in result["rows"] if "optimizer" not in row["phase"])  # fmt: skip
-    assert len(result["config"]["slowest"]) == cycles.SLOWEST and result["config"]["gaps"] > 0
+    assert len(result["config"]["slowest"]) == cycles.SLOWEST and result["config"]["memory_mb"] > 0

@@ -150,25 +150,6 @@ def test_compat_speaks_of_its_own_folder_option(checkpoint, tmp_path, monkeypatc
     assert "--output_dir" in error and "--out," not in error and "--out " not in error
 
 
-@pytest.mark.parametrize("broken", ["000", "001", "002"])
-@pytest.mark.parametrize("cut", [80, -5])
-def test_the_broken_shard_is_named(broken, cut, tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    from mfd_fast.models.sana.text.prompts import open_prompts
-
-    for n in range(3):
-        parquet.write_table(arrow.table({"text": ["a", "b"]}), tmp_path / f"{n:03d}.parquet")
-    file = tmp_path / f"{broken}.parquet"
-    content = file.read_bytes()
-    file.write_bytes(content[:cut])
-    with pytest.raises(ValueError, match=rf"{file} is not a complete Parquet file"):
-        open_prompts(tmp_path)
-    file.write_bytes(content[:4] + bytes(60) + content[64:])  # the footer is whole
-    with pytest.raises(ValueError, match=rf"{file} is not a complete Parquet file"):
-        open_prompts(tmp_path)
-
-
 @pytest.mark.parametrize("which", [0, -1])
 def test_the_broken_weight_file_of_a_text_encoder_is_named(which, checkpoint, tmp_path):
     diffusers = pytest.importorskip("diffusers")

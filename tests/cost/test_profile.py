@@ -1,4 +1,4 @@
-"""``mfd-fast profile``: phases, families, gaps, memory; free when nobody listens."""
+"""``mfd-fast profile``: phases, families, memory; free when nobody listens."""
 
 import json
 import time
@@ -26,9 +26,6 @@ def make_distiller():
 
 
 def test_a_profile_of_the_phases(tmp_path):
-    pytest.importorskip("matplotlib")
-    from mfd_fast.cost.profile_picture import profile_picture
-
     distiller = make_distiller()
     cond = image_inputs(2)[2]
     seen = []
@@ -42,17 +39,14 @@ def test_a_profile_of_the_phases(tmp_path):
     assert result.families["aux/optimizer"]["optimizer"] > 0
     assert all(parts[OUTSIDE] > 0 for parts in result.families.values())
     assert "aten::mm" in result.operators or "aten::addmm" in result.operators
-    assert result.gaps and min(result.gaps) > 0
-    assert {phase for phase, _ in result.memory} >= set(PHASES)
-    assert max(size for _, size in result.memory) > 2 * 8 * 16 * 4  # at least the states
+    assert result.memory.keys() >= set(PHASES)
+    assert max(result.memory.values()) > 2 * 8 * 16 * 4  # at least the states
     assert distiller.phase is no_phase
 
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {f"phase {name}" for name in PHASES} <= {event.get("name") for event in events}
     for name in PHASES:
         assert name in summary(result)
-    profile_picture(result, tmp_path / "profile.png")
-    assert (tmp_path / "profile.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ValueError, match="number of cycles must be >= 1, got 0"):
         profile_cycles(distiller, lambda n: cond, tmp_path / "other.json", cycles=0)
 
@@ -109,13 +103,12 @@ def test_families_of_operators_as_the_profiler_names_them():
 
 
 def test_profile_from_the_command_line(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     folder = tmp_path / "profile"
     argv = ["profile", "digits", "--out", str(folder), "--cycles", "1", "--batch", "2",
             "--distill.aux-updates", "1", "--distill.step-size", "0.5"]  # fmt: skip
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
     assert "student/integrate" in printed and "between operators" in printed
-    assert {path.name for path in Path(folder).iterdir()} == {"trace.json", "profile.png"}
+    assert {path.name for path in Path(folder).iterdir()} == {"trace.json"}
     assert cli.main(argv) == 2
     assert "holds a profile already; choose another folder" in capsys.readouterr().err

@@ -37,7 +37,6 @@ from mfd_fast.models.occfm.loading import load_transition, load_vae, load_vae3d,
 from mfd_fast.models.occfm.run_config import read_run_configs
 from mfd_fast.models.sana.loading import load_sana_transformer
 from mfd_fast.models.sana.lora_files import read_lora
-from mfd_fast.models.sana.text.prompts import open_prompts
 from mfd_fast.models.sana.text.store import TextStore
 from mfd_fast.run.config import with_file
 
@@ -319,35 +318,6 @@ def test_the_header_of_a_text_store(tmp_path):
         (tmp_path / "null.bin").write_bytes(b"")
         with refused(re.escape(str(tmp_path))):
             TextStore(tmp_path)
-
-
-@pytest.mark.parametrize("encoded", [True, False], ids=["dictionary", "compressed page"])
-def test_parquet_of_one_prompt_many_times(encoded, tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    text = "x" * (100_000 if encoded else 3000)
-    prompts = arrow.DictionaryArray.from_arrays(
-        arrow.array([0] * 30_000, arrow.int32()), arrow.array([text])
-    )
-    path = tmp_path / "p.parquet"
-    options = {"use_dictionary": encoded, "compression": "zstd", "store_schema": False}
-    rows = prompts if encoded else prompts.dictionary_decode()
-    parquet.write_table(arrow.table({"prompt": rows}), path, **options)
-    assert path.stat().st_size < 1 << 18
-    with refused(r"p\.parquet stands for more than 256"):
-        open_prompts(path)
-
-
-def test_compressed_arrow_tables(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
-    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
-    table = arrow.table({"prompt": ["x" * 100_000] * 10_000})
-    options = arrow.ipc.IpcWriteOptions(compression="zstd")
-    with arrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema, options=options) as out:
-        out.write_table(table)
-    del table
-    with refused(r"a\.arrow is compressed"):
-        open_prompts(tmp_path)
 
 
 ALIASES = "".join(f"a{i}: &a{i} {{{', '.join(f'{k}: *a{i - 1}' for k in 'bcdefghi')}}}\n"

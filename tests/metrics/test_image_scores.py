@@ -344,7 +344,7 @@ BROKEN = [
     ("aesthetic", "{clip}", "a CLIP and the file of its head; name both"),
     ("aesthetic", "{clip}:{wide}", "score head on embeddings of width 24 .*layers.0.weight"),
     ("reward", "{bert}", "a tokenizer and the file of its weights; name both"),
-    ("reward", "{bert}:{head}", "head.pth does not hold ImageReward: it lacks blip"),
+    ("reward", "{bert}:{head}", "head.pth does not hold ImageReward: it holds layers.0"),
     ("reward", "{bert}:{few}", "the tokenizer of .*bert has 77 words, .*few.pt embeds 70; name"),
     ("beauty", "{clip}", "unknown score 'beauty'; there is"),
 ]

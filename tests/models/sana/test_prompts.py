@@ -95,8 +95,8 @@ def test_a_chosen_key(tmp_path):
 
 
 def test_what_is_no_prompt_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must end in .*got '.csv'"):
-        open_prompts(write(tmp_path / "p.csv", "a"))
+    with pytest.raises(ValueError, match=r"must end in .*got '.doc'"):
+        open_prompts(write(tmp_path / "p.doc", "a"))
     with pytest.raises(FileNotFoundError, match=r"p\.txt"):
         open_prompts(tmp_path / "p.txt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -157,32 +157,24 @@ def test_the_order_is_uniform():
 
 
 class TestTables:
-    """Parquet and Arrow files."""
+    """Tables and data sets, read by the library."""
 
     @pytest.fixture
-    def arrow(self):
-        pytest.importorskip("pyarrow.parquet")
-        import pyarrow
+    def datasets(self, monkeypatch, tmp_path):
+        library = pytest.importorskip("datasets")
+        monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        return library
 
-        return pyarrow
+    def of(self, datasets, prompts, **columns):
+        return datasets.Dataset.from_dict(
+            {"id": list(range(len(prompts))), "prompt": prompts} | columns
+        )
 
-    def table(self, arrow, prompts, **columns):
-        return arrow.table({"id": list(range(len(prompts))), "prompt": prompts} | columns)
-
-    def save(self, arrow, folder, tables):
-        """As ``Dataset.save_to_disk`` leaves it; the order is the state's, not the names'."""
-        folder.mkdir(parents=True)
-        names = [f"data-{9 - number}.arrow" for number in range(len(tables))]
-        for name, table in zip(names, tables, strict=True):
-            with arrow.ipc.new_stream(str(folder / name), table.schema) as out:
-                out.write_table(table)
-        state = {"_data_files": [{"filename": name} for name in names]}
-        (folder / "state.json").write_text(json.dumps(state))
-
-    def test_parquet(self, arrow, tmp_path):
-        path = tmp_path / "p.parquet"
-        table = self.table(arrow, [*PROMPTS[:2], None, "", *PROMPTS[2:]], caption=list("abcdef"))
-        arrow.parquet.write_table(table, path, row_group_size=2)
+    @pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+    def test_a_table(self, datasets, tmp_path, kind):
+        path = tmp_path / f"p.{kind}"
+        prompts = [*PROMPTS[:2], None, " ", *PROMPTS[2:]]
+        getattr(self.of(datasets, prompts, caption=list("abcdef")), f"to_{kind}")(path)
         assert list(open_prompts(path)) == PROMPTS
         assert list(open_prompts(path, key="caption")) == list("abcdef")
         with pytest.raises(ValueError, match="'id' must hold strings, got int64"):
@@ -190,54 +182,60 @@ class TestTables:
         with pytest.raises(ValueError, match=r"no key 'x'; there is \['caption', 'id', 'prompt'\]"):
             open_prompts(path, key="x")
 
-    def test_a_folder_of_parquet(self, arrow, tmp_path):
+    def test_a_folder_of_parquet(self, datasets, tmp_path):
         for number in (1, 0):
-            part = self.table(arrow, PROMPTS[2 * number : 2 * number + 2])
-            arrow.parquet.write_table(part, tmp_path / f"part-{number}.parquet")
-        assert list(open_prompts(tmp_path)) == PROMPTS
+            part = self.of(datasets, PROMPTS[2 * number : 2 * number + 2])
+            part.to_parquet(tmp_path / "set" / f"part-{number}.parquet")
+        assert list(open_prompts(tmp_path / "set")) == PROMPTS
 
-    def test_a_saved_data_set(self, arrow, tmp_path):
-        parts = [self.table(arrow, PROMPTS[:3]), self.table(arrow, PROMPTS[3:])]
-        self.save(arrow, tmp_path / "one", parts)
+    def test_a_saved_data_set(self, datasets, tmp_path):
+        self.of(datasets, PROMPTS).save_to_disk(tmp_path / "one", num_shards=2)
         assert list(open_prompts(tmp_path / "one")) == PROMPTS
-        for split in ("test", "train"):
-            self.save(arrow, tmp_path / "all" / split, [self.table(arrow, [split])])
-        splits = tmp_path / "all/dataset_dict.json"
-        splits.write_text('{"splits": ["test", "train"]}')
+        splits = {name: self.of(datasets, [name]) for name in ("test", "train")}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "all")
         assert list(open_prompts(tmp_path / "all")) == ["train"]
-        splits.write_text('{"splits": ["test", "dev"]}')
+        splits["dev"] = splits.pop("train")
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "none")
         with pytest.raises(ValueError, match=r"has the splits \['test', 'dev'\]"):
-            open_prompts(tmp_path / "all")
+            open_prompts(tmp_path / "none")
+        (tmp_path / "one/data-00001-of-00002.arrow").write_text("no arrow")
+        with pytest.raises(ValueError, match="one cannot be read as a table"):
+            open_prompts(tmp_path / "one")
 
-    def test_bad_rows(self, arrow, tmp_path):
+    def test_bad_rows(self, datasets, tmp_path):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
         bad = arrow.array([b"one", b"caf\xe9", b"nul \0"]).cast(arrow.binary()).view(arrow.string())
         path = tmp_path / "p.parquet"
-        arrow.parquet.write_table(arrow.table({"prompt": bad}), path)
+        parquet.write_table(arrow.table({"prompt": bad}), path)
         with pytest.raises(ValueError, match=r"p.parquet:2: not UTF-8.*--sana.skip-bad"):
             open_prompts(path)
         prompts = open_prompts(path, skip_bad=True)
         assert list(prompts) == ["one"] and prompts.num_bad == 2
 
-    def test_broken_files(self, arrow, tmp_path):
-        with pytest.raises(ValueError, match=r"holds neither \.parquet files nor a data set"):
+    def test_no_tables(self, datasets, tmp_path):
+        with pytest.raises(ValueError, match="holds neither tables"):
             open_prompts(tmp_path)
-        with pytest.raises(ValueError, match="is not a complete Parquet file"):
-            open_prompts(write(tmp_path / "p.parquet", "no parquet"))
-        self.save(arrow, tmp_path / "set", [self.table(arrow, PROMPTS)])
-        write(tmp_path / "set/data-9.arrow", "no arrow")
-        with pytest.raises(ValueError, match="is not a complete Arrow file"):
-            open_prompts(tmp_path / "set")
-        (tmp_path / "set/data-9.arrow").unlink()
-        with pytest.raises(FileNotFoundError, match=r"lacks \['data-9.arrow'\]"):
-            open_prompts(tmp_path / "set")
+
+    @pytest.mark.parametrize("broken", ["000", "001", "002"])
+    @pytest.mark.parametrize("cut", [80, -5])
+    def test_the_broken_file_is_named(self, datasets, broken, cut, tmp_path):
+        for n in range(3):
+            self.of(datasets, ["a", "b"]).to_parquet(tmp_path / f"{n:03d}.parquet")
+        file = tmp_path / f"{broken}.parquet"
+        content = file.read_bytes()
+        file.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=rf"{file} cannot be read as a table"):
+            open_prompts(tmp_path)
+        file.write_bytes(content[:4] + bytes(60) + content[64:])  # the footer is whole
+        with pytest.raises(ValueError, match=rf"{file} cannot be read as a table"):
+            open_prompts(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("package", "path"), [("pyarrow", "p.parquet"), ("datasets", "owner/a-set")]
-)
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package, path):
+@pytest.mark.parametrize("path", ["p.parquet", "owner/a-set"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.parquet").touch()
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
         open_prompts(path)

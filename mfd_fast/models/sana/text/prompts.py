@@ -6,9 +6,9 @@ A file of prompts is read once from end to end; what stays in memory is the plac
     .txt            a prompt a line
     .tsv            at least four fields a line: image name, prompt, score (a float), ...
     .jsonl          a JSON object a line; the prompt is under a key
-    .parquet        a column                          (needs pyarrow)
-    folder          of .parquet files, or what ``datasets`` saved with save_to_disk (needs pyarrow)
-    owner/name      the train split of a data set of the Hugging Face hub (needs datasets)
+    .parquet .arrow .csv .json   a column of a table                              (these need
+    folder          of such tables, or what ``datasets`` saved with save_to_disk   the package
+    owner/name      the train split of a data set of the Hugging Face hub          datasets)
 
 Line files are UTF-8.  Passed over: empty lines, and in a .tsv the lines that are no prompt's (other
 fields, a header).  Refused with their line number: bytes that are not UTF-8, NUL characters, more
@@ -18,17 +18,20 @@ than ``MAX_BYTES`` a line, JSON without the prompt.
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mfd_fast.files.plain import parse_json
+
+if TYPE_CHECKING:
+    from mfd_fast.models.sana.text.tables import Table
 
 MAX_BYTES = 1 << 18  # of a line; 300 tokens are some 2 KB
 KEYS = ("prompt", "text", "caption")  # the first of these that is there, unless a key is given
 BOM = b"\xef\xbb\xbf"
 LINE_SUFFIXES = (".txt", ".tsv", ".jsonl")
-PARQUET = ".parquet"
 DIGEST_BYTES = 16
 
 
@@ -36,33 +39,16 @@ class BadPromptError(ValueError):
     """Why a line or row cannot be a prompt, in a few words."""
 
 
-class PromptSource(Protocol):
-    """Records to go through once, each of which can be read again by its place."""
-
-    name: str
-
-    def records(self) -> Iterator[tuple[int, int, Any]]:
-        """Place, line number from 1, and content of every record, in order."""
-        ...
-
-    def record(self, place: int) -> Any:
-        """The content of one record."""
-        ...
-
-    def prompt(self, record: Any) -> str | None:
-        """Its prompt; None if there is nothing.  ``BadPromptError`` says what is wrong."""
-        ...
-
-
 class Prompts(Sequence[str]):
-    """The prompts of a source by index.
+    """The prompts of a source by index: records to go through once, each of which can be read again
+    by its place.
 
     Attributes:
         num_bad: places that were skipped because they are no prompt.
         digest: hexadecimal; two sources with the same prompts in the same order have the same.
     """
 
-    def __init__(self, source: PromptSource, places: array, num_bad: int, digest: str):
+    def __init__(self, source: "LineFile | Table", places: array, num_bad: int, digest: str):
         self._source, self._places = source, places
         self.num_bad, self.digest = num_bad, digest
 
@@ -124,24 +110,24 @@ def _expected(path: str | Path) -> str:
     return "expected at least one"
 
 
-def _open_source(path: str | Path, key: str | None) -> PromptSource:
+def _open_source(path: str | Path, key: str | None) -> "LineFile | Table":
     """The reader for what is at the path."""
     file = Path(path)
     if file.suffix in LINE_SUFFIXES and not file.is_dir():
-        parsers = {".txt": parse_text, ".tsv": parse_tsv, ".jsonl": JsonLine(key)}
         if key is not None and file.suffix != ".jsonl":
             raise ValueError(f"{file} has no keys to choose from, got {key!r}; leave the key out")
+        parsers = {".txt": str, ".tsv": parse_tsv, ".jsonl": partial(parse_json_line, key=key)}
         return LineFile(file, parsers[file.suffix])
-    is_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
-    if not file.exists() and (file.suffix == PARQUET or not is_id):
-        raise FileNotFoundError(f"{file} does not exist; expected a file or folder of prompts")
-    if file.is_file() and file.suffix != PARQUET:
-        raise ValueError(
-            f"{file} must end in {[*LINE_SUFFIXES, PARQUET]} or be a folder; got {file.suffix!r}"
-        )
-    from mfd_fast.models.sana.text.tables import open_table
+    from mfd_fast.models.sana.text.tables import KINDS, Table
 
-    return open_table(path, key)
+    is_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    if not file.exists() and (file.suffix in KINDS or not is_id):
+        raise FileNotFoundError(f"{file} does not exist; expected a file or folder of prompts")
+    if file.is_file() and file.suffix not in KINDS:
+        raise ValueError(
+            f"{file} must end in {[*LINE_SUFFIXES, *KINDS]} or be a folder; got {file.suffix!r}"
+        )
+    return Table(path, key)
 
 
 def checked_prompt(text: str) -> str:
@@ -157,11 +143,6 @@ def checked_prompt(text: str) -> str:
     return text.strip()
 
 
-def parse_text(line: str) -> str:
-    """The line itself."""
-    return line
-
-
 def parse_tsv(line: str) -> str | None:
     """The second field of the official prompt file; None where a line is something else."""
     fields = line.split("\t")
@@ -172,20 +153,18 @@ def parse_tsv(line: str) -> str | None:
     return fields[1] if len(fields) >= 4 else None
 
 
-class JsonLine:
-    """A JSON object with the prompt under ``key``, or under the first of ``KEYS``."""
-
-    def __init__(self, key: str | None):
-        self.key = key
-
-    def __call__(self, line: str) -> str:
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise BadPromptError(f"not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise BadPromptError(f"expected a JSON object, got a {type(row).__name__}")
-        return text_of(row, choose_key(list(row), self.key))
+def parse_json_line(line: str, key: str | None) -> str:
+    """The string under ``key`` of a JSON object, or under the first of ``KEYS``."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise BadPromptError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadPromptError(f"expected a JSON object, got a {type(row).__name__}")
+    key = choose_key(list(row), key)
+    if not isinstance(row[key], str):
+        raise BadPromptError(f"{key!r} must be a string, got a {type(row[key]).__name__}")
+    return row[key]
 
 
 def choose_key(found: list[str], key: str | None) -> str:
@@ -198,13 +177,6 @@ def choose_key(found: list[str], key: str | None) -> str:
         f"no key {' or '.join(map(repr, wanted))}; there is {sorted(found)}: "
         "choose one with --sana.prompt-column"
     )
-
-
-def text_of(row: dict[str, Any], key: str) -> str:
-    """The string under the key."""
-    if not isinstance(row[key], str):
-        raise BadPromptError(f"{key!r} must be a string, got a {type(row[key]).__name__}")
-    return row[key]
 
 
 class LineFile:

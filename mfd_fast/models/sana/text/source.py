@@ -162,7 +162,7 @@ class SanaText:
             )
         if self.config.teacher:
             raise ValueError(
-                "a SANA run needs prompts: --sana.prompts FILE (.tsv, .txt, .jsonl, .parquet, a "
+                "a SANA run needs prompts: --sana.prompts FILE (.tsv, .txt, .jsonl, a table, a "
                 "data set's folder), or a store made by mfd-fast encode-prompts"
             )
         return TINY_PROMPTS
