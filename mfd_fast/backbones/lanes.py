@@ -26,6 +26,7 @@ from mfd_fast.backbones.networks import (
     train_floating,
     velocity_of,
 )
+from mfd_fast.ops.reference import wide
 
 ROLES = ("teacher", "aux", "student")
 
@@ -189,7 +190,8 @@ class CopiedBackbone(nn.Module):
     Args:
         teacher: the pretrained network; frozen and put in eval mode.  If the networks have a
             method ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows,
-            each calls its own once per trajectory and gets the result in place of cond.
+            each calls its own once per trajectory and gets the result in place of cond.  A method
+            ``combine(v_cond, v_uncond, w)`` of the teacher replaces linear guidance.
         auxiliary, student: networks that start as the teacher; deep copies of it if None.  They
             train in the mode they come in (eval mode where the auxiliary is integrated), and only
             what requires a gradient, or everything if nothing does.  Of parameters in 16 bits
@@ -221,6 +223,7 @@ class CopiedBackbone(nn.Module):
             train_floating(network)
         check_apart({"aux": self.aux, "student": self.student}, {"teacher": teacher})
         self.teacher = teacher.eval().requires_grad_(False)
+        self.combine = getattr(teacher, "combine", None)
         self._masters: dict[str, Masters] = {}
         self.sample_shape = tuple(sample_shape)
         self.null_cond = null_cond
@@ -316,6 +319,22 @@ class CopiedBackbone(nn.Module):
         """Round the float32 masters of a network in 16 bits into it, in place."""
         if role in self._masters:
             self._masters[role].write()
+
+
+def guided_lanes(
+    backbone: Backbone, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...], w: float
+) -> Tensor:
+    """Velocities ``[n, L, *S]`` of one evaluation, for a solver step that guides lanes 0 and 1.
+
+    If the backbone has ``combine(v_cond, v_uncond, w)``, guidance that is not linear, both lanes of
+    the teacher hold what it makes of them: linear guidance leaves equal velocities as they are.
+    """
+    v = backbone.forward(x, t, prepared, lanes)
+    combine = getattr(backbone, "combine", None)
+    if combine is None or TEACHER_UNCOND not in lanes:
+        return v
+    both = combine(*(wide(v[:, lane]) for lane in (0, 1)), w).to(v.dtype)[:, None]
+    return torch.cat([both, both, v[:, 2:]], dim=1)
 
 
 def check_lanes(x: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> int:

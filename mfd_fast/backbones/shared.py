@@ -25,7 +25,8 @@ class SharedBackbone(nn.Module):
         network: the pretrained network; frozen and put in eval mode.  If it has a method
             ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows (keys and
             values of the cross-attentions, say), that is called once per trajectory under the same
-            adapters, and the network gets its result in place of cond.
+            adapters, and the network gets its result in place of cond.  A method
+            ``combine(v_cond, v_uncond, w)`` replaces linear guidance (``lanes.guided_lanes``).
         adapters: the bank of this network, with adapters ``"aux"`` and ``"student"``; one of rank
             64 on to_q, to_k, to_v if None.
         sample_shape: shape of one sample, without the batch dimension.
@@ -57,6 +58,7 @@ class SharedBackbone(nn.Module):
         base = () if teacher_adapter is None else (teacher_adapter,)
         _check_bank(network, adapters, base)
         self.network = network.eval().requires_grad_(False)
+        self.combine = getattr(network, "combine", None)
         self.adapters = adapters
         self.adapters_of = {"teacher": base, "aux": (*base, "aux"), "student": (*base, "student")}
         self.sample_shape = tuple(sample_shape)

@@ -11,7 +11,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mfd_fast.backbones.lanes import AUX, CopiedBackbone, Prepared, trajectory_lanes
+from mfd_fast.backbones.lanes import (
+    AUX,
+    CopiedBackbone,
+    Prepared,
+    guided_lanes,
+    trajectory_lanes,
+)
 from mfd_fast.baselines.config import ComparisonConfig
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.objectives import Metrics
@@ -44,7 +50,7 @@ class Fields:
         """The guided teacher's velocity; without gradient."""
         lanes = trajectory_lanes(self.guidance)[:-1]
         rows = x[:, None].expand(-1, len(lanes), *x.shape[1:])
-        v = self.backbone.forward(rows, t, self.prepared, lanes).to(x.dtype)
+        v = guided_lanes(self.backbone, rows, t, self.prepared, lanes, self.guidance).to(x.dtype)
         return v[:, 0] if len(lanes) == 1 else torch.lerp(v[:, 1], v[:, 0], self.guidance)
 
     @torch.no_grad()
@@ -56,7 +62,9 @@ class Fields:
         cond, null = (_rows_of(tree, order) for tree in (self.prepared.cond, self.prepared.null))
         prepared = Prepared(cond, null, len(x))
         end = integrate(
-            lambda rows, time: self.backbone.forward(rows, time, prepared, lanes),
+            lambda rows, time: guided_lanes(
+                self.backbone, rows, time, prepared, lanes, self.guidance
+            ),
             x[order][:, None],
             table,
             guidance=self.guidance,

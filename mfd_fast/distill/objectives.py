@@ -7,7 +7,7 @@ vsd    instantaneous velocities: the limit r = t (variational score distillation
 import torch
 from torch import Generator, Tensor
 
-from mfd_fast.backbones.lanes import Backbone, Prepared, trajectory_lanes
+from mfd_fast.backbones.lanes import Backbone, Prepared, guided_lanes, trajectory_lanes
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.flow.integrate import integrate
 from mfd_fast.flow.solvers import SolverTable, plan
@@ -46,7 +46,7 @@ class IntervalObjective:
 
     def velocity(self, backbone: Backbone, prepared: Prepared, x: Tensor, t: Tensor) -> Tensor:
         """Velocities of all lanes ``[n, L, *S]`` in one evaluation."""
-        return backbone.forward(x, t, prepared, self.lanes)
+        return guided_lanes(backbone, x, t, prepared, self.lanes, self.config.guidance)
 
     def starts(self, x_t: Tensor) -> Tensor:
         """Both trajectories, teacher and auxiliary, start at the same x_t: ``[B, 2, *S]``."""

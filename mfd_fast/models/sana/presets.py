@@ -20,11 +20,11 @@ class SanaSettings(Settings):
     SECTION: ClassVar[str] = "sana."
 
     prompts: str = ""
-    """Prompt file (.tsv, .txt, .jsonl, .parquet, dataset folder) or a store made by mfd-fast
+    """Prompt file (.tsv, .txt, .jsonl, a table, dataset folder or id) or a store made by mfd-fast
     encode-prompts.
     """
     prompt_column: str = ""
-    """Key or column of the prompt in .jsonl and .parquet; empty: prompt, text or caption."""
+    """Key or column of the prompt in .jsonl and tables; empty: prompt, text or caption."""
     revision: str = ""
     """Branch, tag or commit of a teacher on the hub; empty: its main branch."""
     variant: str = ""

@@ -1,0 +1,229 @@
+"""One family of diffusers pipelines behind the conventions of this project.
+
+t = 1 is noise, v = noise - data, cond is a dict of tensors ``[B, ...]``.  An adapter is a file of
+its own with the few things that differ: how the network is called, what the condition is, what the
+pipeline means by its guidance scale, how latents become images.  What a pipeline's own call decides
+(text lengths, default scale, null prompt) is asked of the pipeline.
+
+``FAMILIES`` names the adapter of a pipeline class; nothing of diffusers is imported here.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+# Class in model_index.json -> module of this folder.
+FAMILIES = {
+    "FluxPipeline": "flux1",
+    "Lumina2Pipeline": "lumina2",
+    "QwenImagePipeline": "qwen_image",
+    "StableDiffusion3Pipeline": "sd3",
+}
+# Beginnings of the names of what is no flow model, and what it is instead.
+NO_FLOW = {
+    **dict.fromkeys(("PixArt", "Hunyuan", "Latte", "Kolors", "Kandinsky", "If", "Stable"), "noise"),
+    **dict.fromkeys(("CogVideoX", "CogView3", "Allegro"), "v"),
+}
+
+Cond = dict[str, Tensor]
+
+
+class Family:
+    """A pipeline at one resolution and guidance scale; the base of all adapters.
+
+    Args:
+        pipe: the pipeline, on its device.  Text encoders and VAE may be gone when only velocities
+            are asked for.
+        height, width: of the images, in pixels; the pipeline's own default if None.
+        scale: guidance scale as the pipeline means it; its own default if None.
+
+    ``ValueError`` for a size that the latents cannot have, or a scale that the pipeline lacks.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear layers that get adapters, as in the family's training scripts."""
+    blocks: ClassVar[str] = r"transformer\.\w*(blocks|layers|refiner)\.\d+"
+    """The repeated blocks of :class:`FamilyNetwork`."""
+    scale_name: ClassVar[str] = "guidance_scale"
+    """The argument of the pipeline's call that is the guidance scale."""
+    has_null: ClassVar[bool] = True
+    """Whether the guided velocity needs the null condition (a second lane)."""
+    hands_sigmas: ClassVar[bool] = True
+    """Whether the pipeline hands even sigmas to its scheduler; else the last step is almost 0."""
+    names: ClassVar[dict[str, str]] = {"text": "prompt_embeds"}
+    """Leaf of the condition -> argument of the pipeline's call."""
+    patch: ClassVar[int] = 2
+    """Latent pixels of one token, along a side."""
+    reads_device: ClassVar[str] = ""
+    """Why updates cannot be CUDA graphs, if they cannot."""
+    combine: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    """(v_cond, v_uncond, scale) -> guided velocity, where that is not linear."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        scale: float | None = None,
+    ):
+        self.pipe = pipe
+        self.config = pipe.transformer.config
+        self.scale = self.default(self.scale_name) if scale is None else scale
+        self.height, self.width = (side or self.default_side() for side in (height, width))
+        multiple = self.unit()
+        if self.height % multiple or self.width % multiple:
+            raise ValueError(
+                f"height and width must be multiples of {multiple} for {type(pipe).__name__}; "
+                f"got {self.height} x {self.width}"
+            )
+        self.rows, self.columns = self.height // multiple, self.width // multiple  # of tokens
+        self.null_row: Cond | None = None  # made by encode_null, or read from a text store
+
+    def __deepcopy__(self, memo: dict) -> "Family":
+        return self  # facts and a pipeline: a copy of the network needs no second one
+
+    def default(self, name: str) -> Any:
+        """The default of an argument of the pipeline's call; it is not always encode_prompt's."""
+        return inspect.signature(type(self.pipe).__call__).parameters[name].default
+
+    def default_side(self) -> int:
+        """Height and width of the pipeline's images where none are given."""
+        size = getattr(self.pipe, "default_sample_size", None)
+        return size * self.pipe.vae_scale_factor if size else 1024
+
+    def unit(self) -> int:
+        """Pixels of one token, along a side."""
+        return self.pipe.vae_scale_factor * self.patch
+
+    @property
+    def unguided(self) -> float:
+        """The scale of the pipeline's call that turns guidance off, for the student."""
+        return 1.0 if self.has_null else self.scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.pipe.transformer.device
+
+    @property
+    def guidance(self) -> float:
+        """The engine's w of the pipeline's scale: w = 1 needs no null condition."""
+        return max(float(self.scale), 1.0) if self.has_null else 1.0
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the network takes it: ``[C, h, w]``."""
+        return self.config.in_channels, self.rows * self.patch, self.columns * self.patch
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """The conditions of prompts, a row each, by the pipeline's own encode_prompt."""
+        return self.encode_text(list(prompts))
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        """What :meth:`encode` gives; the list is the family's to change."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_null(self) -> Cond:
+        """The null condition of one row, as the pipeline makes it."""
+        return self.encode_text([""])
+
+    def null(self, cond: Cond) -> Cond:
+        """The null condition for the rows of cond, in its shapes; ``ValueError`` if it is longer
+        than their text.
+        """
+        if self.null_row is None:
+            self.null_row = self.encode_null()
+        return {name: _as_rows(self.null_row[name], leaf, name) for name, leaf in cond.items()}
+
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v ``[R, *S]`` of x ``[R, *S]`` at t ``[R]`` float32, called as the pipeline does."""
+        raise NotImplementedError
+
+    def set_modes(self, transformer: nn.Module) -> None:
+        """What an evaluated network needs besides eval mode for right gradients."""
+
+    def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
+        """Arguments of the pipeline's call that stand for these conditions and the scale."""
+        given = {name: cond[leaf] for leaf, name in self.names.items()}
+        if null is not None:
+            given |= {f"negative_{name}": null[leaf] for leaf, name in self.names.items()}
+        return given | {self.scale_name: self.scale}
+
+    def pipe_latents(self, x: Tensor) -> Tensor:
+        """Samples as the pipeline's argument ``latents`` takes them."""
+        return x
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Images ``[B, 3, height, width]`` in [0, 1] of samples at t = 0."""
+        vae = self.pipe.vae
+        image = vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0]
+        return self.pipe.image_processor.postprocess(self.frame(image), output_type="pt")
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        """What the VAE decodes."""
+        config = self.pipe.vae.config
+        return x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def frame(self, image: Tensor) -> Tensor:
+        """The image of what the VAE made."""
+        return image
+
+
+class FamilyNetwork(nn.Module):
+    """``network(x, t, cond) -> v`` of a family; its one child is called ``transformer``, so that
+    names of adapters are those that ``pipe.load_lora_weights`` takes.
+    """
+
+    def __init__(self, family: Family):
+        super().__init__()
+        self.transformer = family.pipe.transformer
+        self.family = family
+        self.combine = family.combine
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.family.velocity(self.transformer, x, t, cond)
+
+
+def family_of(pipe: Any, **options: Any) -> Family:
+    """The adapter of a pipeline, with :class:`Family`'s options.
+
+    ``ValueError`` names a pipeline that is no flow model or that no adapter knows.
+    """
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise ValueError(refusal(name))
+    module = import_module(f"mfd_fast.models.diffusers.{FAMILIES[name]}")
+    return module.adapter(pipe, **options)
+
+
+def refusal(name: str) -> str:
+    """Why a pipeline class has no adapter."""
+    for start, predicts in NO_FLOW.items():
+        if name.startswith(start):
+            return f"{name} is no flow model (it predicts {predicts} on a diffusion schedule)"
+    return f"there is no adapter for {name}; there are {sorted(FAMILIES)}"
+
+
+def padded(leaf: Tensor, length: int) -> Tensor:
+    """``[B, L, ...]`` with zeros behind, ``[B, length, ...]``."""
+    missing = length - leaf.shape[1]
+    return torch.cat([leaf, leaf.new_zeros(len(leaf), missing, *leaf.shape[2:])], dim=1)
+
+
+def _as_rows(row: Tensor, like: Tensor, name: str) -> Tensor:
+    if row.ndim > 1 and row.shape[1] > like.shape[1]:
+        raise ValueError(
+            f"the null condition has {row.shape[1]} rows of {name}, the prompts' {like.shape[1]}: "
+            "encode the prompts with Family.encode, which makes room for it"
+        )
+    if row.ndim > 1 and row.shape[1] < like.shape[1]:
+        row = padded(row, like.shape[1])
+    return row.to(like.device, like.dtype).expand_as(like)

@@ -1,0 +1,66 @@
+"""Qwen-Image: guidance keeps the length of every token's conditional velocity."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.models.diffusers.family import Cond, padded
+from mfd_fast.models.diffusers.packed import Packed
+
+
+class QwenImage(Packed):
+    """cond: ``text [B, L, C]`` and ``mask [B, L]``, masked exactly: rows of all lengths share a
+    batch.
+
+    Without a negative prompt the pipeline ignores its scale; the null prompt is " ", by custom.
+    """
+
+    scale_name: ClassVar = "true_cfg_scale"
+    names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
+
+    @torch.no_grad()
+    def encode_null(self) -> Cond:
+        return self._encoded([" "])
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        self.null_row = self.encode_null() if self.null_row is None else self.null_row
+        cond = self._encoded(prompts)
+        length = max(cond["mask"].shape[1], self.null_row["mask"].shape[1])
+        return {name: padded(leaf, length) for name, leaf in cond.items()}
+
+    def _encoded(self, prompts: list[str]) -> Cond:
+        text, mask = self.pipe.encode_prompt(
+            prompts, max_sequence_length=self.default("max_sequence_length")
+        )
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        return {"text": text, "mask": mask}
+
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return transformer(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=cond["text"],
+            encoder_hidden_states_mask=cond["mask"],
+            img_shapes=[[(1, self.rows, self.columns)]] * len(x),
+            return_dict=False,
+        )[0]
+
+    def combine(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+        """Linear guidance with the norm of v_cond in every token ``[..., C]``."""
+        v = v_uncond + scale * (v_cond - v_uncond)
+        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        config: Any = self.pipe.vae.config
+        mean, std = (
+            x.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return (self.unpacked(x) * std + mean)[:, :, None]
+
+    def frame(self, image: Tensor) -> Tensor:
+        return image[:, :, 0]
+
+
+adapter = QwenImage

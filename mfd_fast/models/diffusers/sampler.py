@@ -1,0 +1,56 @@
+"""The student's sampler, so that the stock pipeline's K steps are ours.
+
+A pipeline that hands its scheduler no sigmas shifts twice, and its last step starts next to 0; one
+with ``shift_terminal`` has no single step at all.  Nodes that make sense need an argument of the
+call or another scheduler configuration, which belong to the student as its weights do.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from mfd_fast.flow.times import Schedule
+from mfd_fast.models.diffusers.family import Cond, Family
+from mfd_fast.models.diffusers.record import record, replaced
+
+
+class StudentSampler(NamedTuple):
+    """schedule: of our sampler; scheduler: what goes into the pipeline in place of its own, or
+    None; call: what ``pipe(prompt, **call)`` needs besides.
+    """
+
+    schedule: Schedule
+    scheduler: Any
+    call: dict[str, Any]
+
+
+def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
+    """The sampler of a student of ``steps`` steps, asked of the pipeline itself.
+
+    Args:
+        cond: any conditions of the family; only the first row is used, by no network.
+    """
+    pipe, own = family.pipe, family.pipe.scheduler
+    changes = scheduler_changes(dict(own.config), steps)
+    scheduler = type(own).from_config(own.config, **changes) if changes else None
+    call: dict[str, Any] = {"num_inference_steps": steps, family.scale_name: family.unguided}
+    if not family.hands_sigmas and "solver_order" not in own.config:
+        call["sigmas"] = [1.0 - k / steps for k in range(steps)]
+    extra = {name: value for name, value in call.items() if name == "sigmas"}
+    first = {name: leaf[:1] for name, leaf in cond.items()}
+    noise = torch.zeros(1, *family.sample_shape, device=family.device)
+    with replaced(pipe, "scheduler", scheduler or own):
+        schedule = record(family, first, noise, steps, **extra).schedule
+    return StudentSampler(schedule, scheduler, call)
+
+
+def scheduler_changes(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What has to change in a scheduler's configuration for Euler steps on sensible nodes."""
+    changes: dict[str, Any] = {}
+    if config.get("shift_terminal"):
+        changes["shift_terminal"] = None
+    if "solver_order" in config:
+        changes["solver_order"] = 1
+    if "disable_corrector" in config:
+        changes["disable_corrector"] = list(range(steps))
+    return changes

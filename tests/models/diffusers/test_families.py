@@ -1,0 +1,147 @@
+"""Every family on a tiny random pipeline: its own loop against our engine."""
+
+from functools import cache
+
+import pytest
+import torch
+from small_networks import draw_adapter
+from tiny_pipelines import PIPELINES, tiny_pipeline
+
+from mfd_fast import DistillConfig, make_distiller
+from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
+from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
+from mfd_fast.models.diffusers.record import record, record_call
+from mfd_fast.models.diffusers.sampler import student_sampler
+
+PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
+NEGATIVE = {"qwen-image": {"negative_prompt": [" ", " "]}}  # without one it is not guided
+ENCODED = ()  # whose text encoder is too much to build: the conditions are given
+BOUND = 1e-3  # latents reach 3 to 8; a wrong sign, time or scale is off by more than .1
+
+families = pytest.mark.parametrize("name", PIPELINES)
+
+
+def make_family(name, **options):
+    return family_of(tiny_pipeline(name), height=64, width=64, **options)
+
+
+@cache
+def shared_family(name):
+    """For tests that change nothing."""
+    return make_family(name)
+
+
+def conditions(name, family, prompts):
+    return family.encode(prompts)
+
+
+def their_call(name, family, cond, prompts=PROMPTS):
+    """Arguments of the pipeline's call as a user writes them."""
+    return {"prompt": list(prompts)} | NEGATIVE.get(name, {})
+
+
+def noise_of(family, rows=2):
+    return torch.randn(rows, *family.sample_shape, generator=torch.Generator().manual_seed(1))
+
+
+def farthest(a, b):
+    return float((a - b).abs().max())
+
+
+@families
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
+    """With prompts of two lengths in one batch, guided as by default."""
+    family = shared_family(name)
+    cond, noise = conditions(name, family, PROMPTS), noise_of(family)
+    sampler = student_sampler(family, cond, steps)
+    schedule, options = record(family, cond, noise, steps).schedule, {}
+    own = family.pipe.scheduler
+    if any(node != node for node in schedule.nodes):  # K = 1 and shift_terminal: our nodes
+        assert steps == 1 and own.config.shift_terminal
+        schedule, family.pipe.scheduler = sampler.schedule, sampler.scheduler
+    theirs = record_call(family, noise, steps, **their_call(name, family, cond), **options)
+    family.pipe.scheduler = own
+    assert theirs.schedule == schedule
+    ours = teacher_samples(backbone_of(family, rank=2), cond, noise, schedule, family.guidance)
+    assert farthest(ours, theirs.end) < BOUND
+
+
+@families
+def test_decoding_is_the_pipelines(name):
+    family = shared_family(name)
+    cond, noise = conditions(name, family, PROMPTS), noise_of(family)
+    call = their_call(name, family, cond) | {"height": 64, "width": 64, "output_type": "pt"}
+    call |= {"num_inference_steps": 2, "latents": family.pipe_latents(noise)}
+    end = record_call(family, noise, 2, **their_call(name, family, cond)).end
+    images = family.decode(end)
+    assert images.shape == (2, 3, 64, 64)
+    assert farthest(images, family.pipe(**call).images) < BOUND
+
+
+@families
+def test_a_prompt_in_a_batch_is_the_prompt_alone(name):
+    family = shared_family(name)
+    network, noise, t = FamilyNetwork(family), noise_of(family), torch.tensor([0.7, 0.7])
+    with torch.no_grad():
+        together = network(noise, t, conditions(name, family, PROMPTS))
+        for row, prompt in enumerate(PROMPTS):
+            alone = conditions(name, family, [prompt])
+            v = network(noise[row : row + 1], t[:1], alone)
+            assert farthest(v[0], together[row]) < BOUND
+
+
+@families
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
+    """Its LoRA at strength 1, its scheduler and its call."""
+    family = make_family(name)
+    cond, noise = conditions(name, family, PROMPTS), noise_of(family)
+    backbone = backbone_of(family, rank=2)
+    draw_adapter(backbone.adapters, "student", seed=3)
+    sampler = student_sampler(family, cond, steps)
+    config = DistillConfig(student_steps=steps, guidance=family.guidance)
+    distiller = make_distiller(backbone, config, schedule=sampler.schedule)
+    with pytest.warns(UserWarning, match="still what it started as"):
+        ours = distiller.generate(noise, cond)
+
+    state = backbone.adapters.adapter_state_dict("student", prefix="")
+    teacher = family.pipe
+    without = record_call(family, noise, steps, **their_call(name, family, cond) | off(sampler))
+    teacher.load_lora_weights(state)
+    teacher.scheduler = sampler.scheduler or teacher.scheduler
+    theirs = record_call(family, noise, steps, **their_call(name, family, cond) | off(sampler))
+    assert theirs.schedule == sampler.schedule
+    assert farthest(ours, theirs.end) < BOUND
+    assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.2  # no last step next to 0
+    assert not farthest(without.end, theirs.end) < 10 * BOUND  # the LoRA does something
+
+
+def off(sampler):
+    return {name: value for name, value in sampler.call.items() if name != "num_inference_steps"}
+
+
+def test_every_adapter_is_short_and_registered():
+    from pathlib import Path
+
+    import diffusers
+
+    import mfd_fast.models.diffusers.family as module
+
+    folder = Path(module.__file__).parent
+    for pipeline, name in FAMILIES.items():
+        assert hasattr(diffusers, pipeline)
+        assert len((folder / f"{name}.py").read_text().splitlines()) <= 120
+
+
+def test_what_is_refused_by_name():
+    for name, why in {
+        "PixArtSigmaPipeline": "is no flow model",
+        "StableDiffusionXLPipeline": "is no flow model",
+        "CogVideoXPipeline": "is no flow model",
+        "OmniGenPipeline": "there is no adapter",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}.*{why}|{why}.*{name}"):
+            family_of(type(name, (), {})())
+    with pytest.raises(ValueError, match=r"multiples of 16 for StableDiffusion3.*64 x 60"):
+        family_of(shared_family("sd3").pipe, height=64, width=60)
