@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mfd_fast.backbones.lora import Adapter, Target, add_to_lanes, add_to_rows
 from mfd_fast.backbones.networks import Patterns, find_modules
+from mfd_fast.files.compare import differences, some
 
 PEFT_PREFIX = "base_model.model."
 
@@ -180,7 +181,7 @@ class AdapterBank(nn.Module):
         if uncalled := self._uncalled[torch.is_grad_enabled()]:
             names = [self.targets[index].name for index in sorted(uncalled)]
             raise ValueError(
-                f"the network did not call {_some(names)}, so adapters there would be trained in "
+                f"the network did not call {some(names)}, so adapters there would be trained in "
                 "vain: leave out of targets what it does not use or uses by its weight alone "
                 "(out_proj of nn.MultiheadAttention, F.linear); make the bank of a compiled "
                 "network before its first call"
@@ -205,18 +206,7 @@ class AdapterBank(nn.Module):
     ) -> None:
         """Take the factors from PEFT's keys; ``ValueError`` names every key that does not fit."""
         views = self._peft_views(name, prefix)
-        wrong = [
-            f"{key} {list(state[key].shape)} in place of {list(views[key].shape)}"
-            for key in sorted(views.keys() & state.keys())
-            if state[key].shape != views[key].shape
-        ]
-        faults = {
-            "missing": sorted(views.keys() - state.keys()),
-            "unexpected": sorted(state.keys() - views.keys()),
-            "of another shape": wrong,
-        }
-        if any(faults.values()):
-            listed = "; ".join(f"{what}: {_some(keys)}" for what, keys in faults.items() if keys)
+        if listed := differences(state, views, limit=8):
             raise ValueError(
                 f"the state does not fit adapter {name!r} of rank {self._adapter(name).rank}: "
                 f"{listed}. Check rank, targets and prefix (here {prefix!r})"
@@ -368,7 +358,7 @@ def _targets_of(network: nn.Module, patterns: Patterns) -> list[Target]:
     if unmatched or not found:
         there = find_modules(network, ".*")[0].items()
         layers = [name for name, module in there if isinstance(module, nn.Linear | nn.Conv2d)]
-        raise ValueError(f"targets {unmatched} match nothing; the network has {_some(layers)}")
+        raise ValueError(f"targets {unmatched} match nothing; the network has {some(layers)}")
     targets = [Target.of(name, module) for name, module in found.items()]
     kinds = {(target.module.weight.dtype, target.module.weight.device) for target in targets}
     if len(kinds) != 1 or not next(iter(kinds))[0].is_floating_point:
@@ -393,8 +383,3 @@ def _split_rows(target: Target, length: int, call: _Call) -> tuple[int, int]:
 def _refresh_all(bank: AdapterBank, _: Any) -> None:
     for adapter in bank.adapters.values():
         adapter.refresh()
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{names[:limit]}{more}"

@@ -70,7 +70,7 @@ class CapturedDistiller(Distiller):
     """A :class:`Distiller` whose updates run as graphs after three warm-up updates.
 
     Args: those of ``Distiller``, and
-        graph: the kind of graph; ``RecordedGraph`` runs the same logic on the CPU.
+        graph: the kind of graph; one that is no ``CudaGraph`` need not have a GPU.
         may_fall_back: run as ``Distiller`` does, with a warning, if the last warm-up update meets
             an operator that cannot be captured; otherwise that is a ``ValueError``.
 

@@ -2,8 +2,6 @@
 
     CapturedStep    static inputs, warm-up on a side stream, capture, replay
     CudaGraph       torch.cuda.CUDAGraph behind the few calls that CapturedStep needs
-    RecordedGraph   the same for CPU tensors: records the operators and runs them again on the same
-                    memory, spoiling what a CUDA graph would: capture is testable without a GPU
     check_capture_safe    fails on operators that cannot be captured and on steps that differ
 
 What may be captured: no host reads, no data-dependent Python, times and learning rates in device
@@ -12,15 +10,13 @@ tensors, random numbers from a registered generator, non-finite steps skipped by
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
-
-from mfd_fast.distill.graph_memory import GraphMemory, RecordedPool
 
 WARMUP_CALLS = 3  # lazily made state (optimizer moments, library workspaces) exists after these
 
@@ -74,10 +70,7 @@ class CudaGraph:
 
     def __init__(self, generators: Sequence[Generator] = (), pool: Any = None):
         if not torch.cuda.is_available():
-            raise ValueError(
-                "capturing a step needs an NVIDIA GPU; on the CPU use Distiller, or "
-                "graph=RecordedGraph to test capture logic"
-            )
+            raise ValueError("capturing a step needs an NVIDIA GPU; on the CPU use Distiller")
         self.graph = torch.cuda.CUDAGraph()
         self.pool = pool
         for generator in generators:
@@ -101,70 +94,12 @@ class CudaGraph:
         self.graph.replay()
 
 
-class RecordedGraph(TorchDispatchMode):
-    """Records operators on CPU tensors and runs them again into the same tensors.
-
-    Stands in for a CUDA graph: Python does not run at replay, inputs are read where they were at
-    capture, and results appear where they appeared at capture.  Memory that a CUDA graph might find
-    overwritten is overwritten (``graph_memory.py``).
-    """
-
-    runs_while_capturing = True
-
-    def __init__(self, generators: Sequence[Generator] = (), pool: RecordedPool | None = None):
-        super().__init__()
-        self.calls: list[tuple[Any, tuple, dict, Any]] = []
-        self.memory = GraphMemory(self.new_pool() if pool is None else pool)
-
-    @staticmethod
-    def new_pool() -> RecordedPool:
-        return RecordedPool()
-
-    def capture(self, function: Callable[[], Any]) -> Any:
-        with self:
-            outputs = function()
-        self.memory.close()
-        return outputs
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        refuse_forbidden(func, args)
-        self.memory.before(len(self.calls))
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not func.is_view:
-            self._record(func, args, kwargs, out)
-        return out
-
-    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        """The call with tensors of the graph's own; one that comes twice stays one."""
-        made: dict[int, Tensor] = {}
-
-        def own(x: Tensor, **kind: bool) -> Tensor:
-            if id(x) not in made:
-                made[id(x)] = self.memory.alias(x, **kind)
-            return made[id(x)]
-
-        args, kwargs = tree_map_only(Tensor, own, (args, kwargs))
-        out = tree_map_only(Tensor, partial(own, is_result=True), out)
-        self.calls.append((func, args, kwargs, out))
-
-    def replay(self) -> None:
-        self.memory.begin_replay()
-        with torch.no_grad():
-            for number, (func, args, kwargs, recorded) in enumerate(self.calls):
-                self.memory.replay(number)
-                out = func(*args, **kwargs)
-                for old, new in zip(tree_iter(recorded), tree_iter(out), strict=True):
-                    if isinstance(old, Tensor) and old is not new:
-                        old.copy_(new)
-
-
 class CapturedStep:
     """A function of tensors that runs as a graph after a few warm-up calls.
 
     Args:
         function: takes and returns pytrees of tensors; everything it does must be capturable.
-        graph: makes the graph: ``CudaGraph`` or, to test without a GPU, ``RecordedGraph``.
+        graph: makes the graph, a ``CudaGraph``.
         after: the step whose tensors this one reads; its graph must exist first, because before
             that its tensors are new ones on every call.
 

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from own_networks import COND, DIM, Plain, assert_same, conds, make
+from recorded_graph import RecordedGraph
 
 from mfd_fast import AUX, CopiedBackbone, DistillConfig, Distiller, OptimConfig
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

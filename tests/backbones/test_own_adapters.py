@@ -7,6 +7,7 @@ import own_networks
 import pytest
 import torch
 from own_networks import COND, DIM, WIDTH, ByWeight, Checkpointed, Plain, Tied, assert_same, conds
+from recorded_graph import RecordedGraph
 from small_networks import draw_adapter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,6 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.networks import names_of
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 
 TARGETS = ("first", "last")
 

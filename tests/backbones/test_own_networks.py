@@ -18,11 +18,11 @@ from own_networks import (
     conds,
     make,
 )
+from recorded_graph import RecordedGraph
 from torch import nn
 
 from mfd_fast import AUX, STUDENT, CopiedBackbone, DistillConfig, Distiller, OptimConfig
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.distill.ranks import Ranks
 from mfd_fast.run.checkpoint import pack
 

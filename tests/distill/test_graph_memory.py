@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from test_distiller import DIM, CondNetwork
 from test_graphs import CONFIGS, make
 
@@ -18,7 +19,6 @@ from mfd_fast.distill.captured import MAX_SHAPES, CapturedDistiller
 from mfd_fast.distill.graphs import (
     WARMUP_CALLS,
     CudaGraph,
-    RecordedGraph,
     on_side_stream,
     side_stream,
 )
@@ -136,7 +136,7 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
     with pytest.raises((AssertionError, RuntimeError)):
         run_both(faulty)
     if bug not in SEEN_IN_NUMBERS:  # it takes what others do to the memory to see it
-        monkeypatch.setattr("mfd_fast.distill.graph_memory.spoil", lambda blocks: None)
+        monkeypatch.setattr("recorded_graph.spoil", lambda blocks: None)
         run_both(faulty)
 
 

@@ -4,6 +4,7 @@ cannot.
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from test_distiller import DIM, CondNetwork
 
 from mfd_fast import (
@@ -15,7 +16,7 @@ from mfd_fast import (
     SharedBackbone,
 )
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import WARMUP_CALLS, CapturedStep, RecordedGraph, check_capture_safe
+from mfd_fast.distill.graphs import WARMUP_CALLS, CapturedStep, check_capture_safe
 
 CONFIGS = {
     "mfd": {},

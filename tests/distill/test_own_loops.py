@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from safetensors.torch import load_model, save_model
 from small_networks import (
     ALPHA,
@@ -42,7 +43,6 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.lanes import STUDENT
 from mfd_fast.baselines.batch import Batch
-from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.distill.objectives import aux_times
 from mfd_fast.distill.optim import is_capturable
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 
 from mfd_fast import CopiedBackbone, make_distiller
 from mfd_fast.baselines.config import ComparisonConfig
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.ops.extension import has_ext
 
 STATES = Path(__file__).parents[1] / "data/distiller_states.pt.gz"

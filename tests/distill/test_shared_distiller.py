@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from no_sync import NoSync
+from recorded_graph import RecordedGraph
 from small_networks import (
     ALPHA,
     NETWORKS,
@@ -17,7 +18,6 @@ from small_networks import (
 
 from mfd_fast import AdapterBank, DistillConfig, Distiller, OptimConfig, SharedBackbone
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 
 
 def make_distiller(kind="plain", dtype=torch.float32, cls=Distiller, **overrides):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from rank_worker import UPDATES, own_loop, steps, weights
+from recorded_graph import RecordedGraph
 from safetensors.torch import load_file
 from small_runs import assert_same, make_backbone, make_distiller, run
 
 from mfd_fast import CapturedDistiller, DistillConfig, Distiller
-from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.distill.ranks import FlatGradients, Ranks, ranks_of, shard_copies
 from mfd_fast.flow.solvers import plan
 from mfd_fast.run.checkpoint import checkpoints_in, read

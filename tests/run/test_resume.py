@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from recorded_graph import RecordedGraph
 from small_runs import (
     assert_same,
     largest_file,
@@ -27,7 +28,6 @@ from small_runs import (
 from mfd_fast import cli
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph
 from mfd_fast.distill.ranks import Ranks
 from mfd_fast.models import preset
 from mfd_fast.run import session as runner

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.files.compare import differences, some
 from mfd_fast.files.torch_pickles import load_torch_file
 from mfd_fast.files.weights import load_network, outline, save_weights
 from mfd_fast.models.occfm.config import OccfmConfig
@@ -195,11 +196,13 @@ def _plain_names(state: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"expected the tensors of a network in {path}, got {type(state).__name__}")
     state = {name: value for name, value in state.items() if name != "n_averaged"}
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"expected only tensors in {path}, got others: {_some(strange)}")
+        raise ValueError(f"expected only tensors in {path}, got others: {some(strange, MAX_NAMED)}")
     if all(name.startswith(WRAPPER) for name in state):
         return {name.removeprefix(WRAPPER): value for name, value in state.items()}
     if wrapped := [name for name in state if name.startswith(WRAPPER)]:
-        raise ValueError(f"{path}: {WRAPPER} is before some names and not others: {_some(wrapped)}")
+        raise ValueError(
+            f"{path}: {WRAPPER} is before some names and not others: {some(wrapped, MAX_NAMED)}"
+        )
     return state
 
 
@@ -229,7 +232,7 @@ def _load_vae(
 def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path) -> None:
     if unknown := [name for name in state if not name.startswith(parts)]:
         raise ValueError(
-            f"expected only {[f'{part}*' for part in parts]} in {path}, got {_some(unknown)}"
+            f"expected only {[f'{part}*' for part in parts]} in {path}, got {some(unknown, MAX_NAMED)}"
         )
 
 
@@ -239,23 +242,8 @@ def _filled(cls: type[Network], config: Any, tensors: Mapping[str, Tensor], path
         wanted = outline(lambda: cls(config), len(tensors)).state_dict()
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} and its config do not belong together: {error}") from error
-    shared = sorted(wanted.keys() & tensors.keys())
-    faults = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {list(tensors[name].shape)} in place of {list(wanted[name].shape)}"
-            for name in shared
-            if tensors[name].shape != wanted[name].shape
-        ],
-        "of another kind": [
-            f"{name} {tensors[name].dtype} in place of {wanted[name].dtype}"
-            for name in shared
-            if tensors[name].is_floating_point() != wanted[name].is_floating_point()
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+    faults = differences(tensors, wanted, limit=MAX_NAMED), _of_another_kind(tensors, wanted)
+    if listed := "; ".join(filter(None, faults)):
         raise ValueError(
             f"the tensors in {path} are not those of {cls.__name__}: {listed}. Check "
             "that the file and the config belong together"
@@ -263,6 +251,15 @@ def _filled(cls: type[Network], config: Any, tensors: Mapping[str, Tensor], path
     network = cls(config)
     network.load_state_dict(tensors)
     return network
+
+
+def _of_another_kind(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    kinds = [
+        f"{name} {tensors[name].dtype} in place of {wanted[name].dtype}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
+    return f"of another kind: {some(kinds, MAX_NAMED)}" if kinds else ""
 
 
 def _check_tables(vae: OccupancyVae, path: Path, repair: bool) -> None:
@@ -290,8 +287,3 @@ def _check_tables(vae: OccupancyVae, path: Path, repair: bool) -> None:
 
 def _frozen(network: Network, dtype: torch.dtype, device: torch.device | str) -> Network:
     return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{names[:MAX_NAMED]}{more}"

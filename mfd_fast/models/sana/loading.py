@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mfd_fast.files.compare import differences
 from mfd_fast.files.plain import read_json
 from mfd_fast.files.weights import outline
 from mfd_fast.hub import fetch
@@ -258,26 +259,11 @@ def check_complete(files: list[Path]) -> None:
 
 def _check_tensors(network: SanaNetwork, found: dict[str, list[int]], folder: Path) -> None:
     """Compare names and shapes before anything is read; ``ValueError`` names what differs."""
-    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "not of this network": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {found[name]} in place of {wanted[name]}"
-            for name in sorted(wanted.keys() & found.keys())
-            if found[name] != wanted[name]
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+    wanted = network.state_dict()
+    if listed := differences(found, wanted, unknown="not of this network", limit=MAX_NAMED):
         raise ValueError(
             f"the tensors in {folder} do not fit its {CONFIG}: {listed}. Copy both again"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{names[:MAX_NAMED]}{more}"
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from occfm_networks import (
     reference_velocity,
     wide,
 )
+from recorded_graph import RecordedGraph
 
 from mfd_fast import AdapterBank, CopiedBackbone, DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones.activation import apply_activation_policy
 from mfd_fast.backbones.lanes import AUX, STUDENT, TEACHER, TEACHER_UNCOND, trajectory_lanes
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph, check_capture_safe
+from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.flow.integrate import integrate
 from mfd_fast.flow.solvers import scheduled
 from mfd_fast.models.occfm import BLOCKS, CONFIGS, OccfmNetwork, forecast, null_condition

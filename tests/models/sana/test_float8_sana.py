@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones import float8
@@ -14,7 +15,7 @@ from mfd_fast.backbones.float8 import use_float8
 from mfd_fast.backbones.lanes import AUX, STUDENT, TEACHER, TEACHER_UNCOND
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.float8_error import velocity_error, without_float8
-from mfd_fast.distill.graphs import RecordedGraph, check_capture_safe
+from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.ops import reference
 from mfd_fast.run.config import TrainConfig
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from counting import Alive, Count
+from recorded_graph import RecordedGraph
 from sana_models import (
     ALPHA,
     DTYPES,
@@ -26,7 +27,7 @@ from mfd_fast.backbones.activation import apply_activation_policy
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.graphs import RecordedGraph, check_capture_safe
+from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
 
 from numerics import assert_as_accurate

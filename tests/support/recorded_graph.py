@@ -1,4 +1,4 @@
-"""The memory of recorded graphs, as merciless as that of CUDA graphs.
+"""Graphs of CPU tensors, to test capture without a GPU, on memory as merciless as a CUDA graph's.
 
 A CUDA graph knows addresses, not tensors.  In its pool whatever nobody holds any more is given to
 the graphs captured later, and a graph overwrites at every replay all that it allocated.  So
@@ -14,9 +14,16 @@ floating: a graph that reads memory it does not own shows at once.
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from mfd_fast.distill.graphs import refuse_forbidden
 
 Block = tuple[Tensor, int]  # the bytes of a storage [n], and what spoils them
 
@@ -117,3 +124,61 @@ def spoil(blocks: list[Block] | tuple[Block, ...]) -> None:
 def _forget(addresses: list[int], own: dict[int, Block]) -> None:
     _aliases.subtract(addresses)
     _allocated.subtract(own.keys())
+
+
+class RecordedGraph(TorchDispatchMode):
+    """Records operators on CPU tensors and runs them again into the same tensors.
+
+    Stands in for a CUDA graph: Python does not run at replay, inputs are read where they were at
+    capture, and results appear where they appeared at capture.  Memory that a CUDA graph might find
+    overwritten is overwritten.
+    """
+
+    runs_while_capturing = True
+
+    def __init__(self, generators: Sequence[Generator] = (), pool: RecordedPool | None = None):
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.memory = GraphMemory(self.new_pool() if pool is None else pool)
+
+    @staticmethod
+    def new_pool() -> RecordedPool:
+        return RecordedPool()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        with self:
+            outputs = function()
+        self.memory.close()
+        return outputs
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        refuse_forbidden(func, args)
+        self.memory.before(len(self.calls))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """The call with tensors of the graph's own; one that comes twice stays one."""
+        made: dict[int, Tensor] = {}
+
+        def own(x: Tensor, **kind: bool) -> Tensor:
+            if id(x) not in made:
+                made[id(x)] = self.memory.alias(x, **kind)
+            return made[id(x)]
+
+        args, kwargs = tree_map_only(Tensor, own, (args, kwargs))
+        out = tree_map_only(Tensor, partial(own, is_result=True), out)
+        self.calls.append((func, args, kwargs, out))
+
+    def replay(self) -> None:
+        self.memory.begin_replay()
+        with torch.no_grad():
+            for number, (func, args, kwargs, recorded) in enumerate(self.calls):
+                self.memory.replay(number)
+                out = func(*args, **kwargs)
+                for old, new in zip(tree_iter(recorded), tree_iter(out), strict=True):
+                    if isinstance(old, Tensor) and old is not new:
+                        old.copy_(new)
