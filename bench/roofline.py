@@ -44,13 +44,8 @@ def _fp8_flops() -> float:
     a, b = (torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn) for _ in "ab")
     one = torch.ones((), device="cuda")
     product = torch._scaled_mm
-    return (
-        2
-        * side**3
-        / seconds_of(
-            lambda: product(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16), "cuda"
-        )
-    )
+    options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+    return 2 * side**3 / seconds_of(lambda: product(a, b.t(), **options))
 
 
 def operators(device_name: str, threads: int) -> Iterator[dict]:

@@ -1,6 +1,6 @@
-"""What ``bench.suite`` measured, for people: ``report.html`` and ``comparison.png``.
+"""What ``bench.suite`` measured, for people: ``report.html``, and ``comparison.png`` of operators.
 
-Operators as bars of their speed-up over eager PyTorch, everything else as tables.
+Operators as bars of their speed-up over eager PyTorch, and everything as tables.
 """
 
 import json
@@ -27,14 +27,21 @@ class Table:
 def report(files: list[Path], folder: Path) -> str:
     """Write page and picture of result files into ``folder``; the summary in one line."""
     results = [json.loads(path.read_text()) for path in files]
-    picture = folder / "comparison.png"
-    draw(results, picture)
+    bars = [
+        (f"{result['op']}, {row['shape']} {row['dtype']}", row["speedup"])
+        for result in filter(is_of_operator, results)
+        for row in result["rows"]
+        if row["impl"] == "ours"
+    ]
     line, first = summary(results), results[0]
     place = (
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}, commit "
         f"{first['commit']}, {first['date']}"
     )
-    parts = [f"<p>{escape(place)}</p><p>{escape(line)}</p>", page.figure(picture)]
+    parts = [f"<p>{escape(place)}</p><p>{escape(line)}</p>"]
+    if bars:
+        draw(bars, folder / "comparison.png")
+        parts.append(page.figure(folder / "comparison.png"))
     for found in map(table_of, results):
         parts.append(f"<h2>{escape(found.title)}</h2>{page.table(found.head, found.rows)}")
     page.write_page(folder / "report.html", "mfd-fast bench", parts)
@@ -97,37 +104,12 @@ def _a_sample(row: dict) -> float:
     return row["seconds"] / row["batch"]
 
 
-def draw(results: list[dict], path: Path) -> None:
-    """Bars for the operators, a table for each other result, one below the other."""
-    from mfd_fast.pictures.grids import new_figure, write_png
+def draw(bars: list[tuple[str, float]], path: Path) -> None:
+    """Speed-ups of operators by name, one below the other."""
+    from mfd_fast.pictures.grids import INK, new_figure, plain_axis, write_png
 
-    bars = [
-        (f"{result['op']}, {row['shape']} {row['dtype']}", row["speedup"])
-        for result in results
-        if is_of_operator(result)
-        for row in result["rows"]
-        if row["impl"] == "ours"
-    ]
-    tables = [table_of(result) for result in results if not is_of_operator(result)]
-    sizes = [len(bars)] if bars else []
-    sizes += [len(table.rows) + 1 for table in tables]
-    heights = [HEAD_INCHES + ROW_INCHES * size for size in sizes]
-    figure = new_figure(WIDTH, sum(heights))
-    top = sum(heights)
-    for number, (size, height) in enumerate(zip(sizes, heights, strict=True)):
-        top -= height
-        low, tall = (top + 0.3) / sum(heights), ROW_INCHES * size / sum(heights)
-        if bars and number == 0:
-            _draw_bars(figure.add_axes((0.36, low, 0.6, tall)), bars)
-        else:
-            axis = figure.add_axes((0.03, low, 0.94, tall))
-            _draw_table(axis, tables[number - bool(bars)])
-    write_png(figure, path)
-
-
-def _draw_bars(axis, bars: list[tuple[str, float]]) -> None:
-    from mfd_fast.pictures.grids import INK, plain_axis
-
+    figure = new_figure(WIDTH, HEAD_INCHES + ROW_INCHES * len(bars))
+    axis = figure.subplots()
     plain_axis(axis)
     names, values = zip(*bars, strict=True)
     axis.bar_label(axis.barh(names, values, color="#2b6cb0"), fmt="%.2f", fontsize=7, padding=2)
@@ -136,17 +118,5 @@ def _draw_bars(axis, bars: list[tuple[str, float]]) -> None:
     axis.set_ylim(len(bars) - 0.5, -0.5)
     axis.tick_params(labelsize=7)
     axis.set_title("speed-up over eager PyTorch", fontsize=10, loc="left")
-
-
-def _draw_table(axis, table: Table) -> None:
-    from mfd_fast.pictures.grids import GRID, INK
-
-    axis.set_axis_off()
-    axis.set_title(table.title, fontsize=10, loc="left", color=INK)
-    drawn = axis.table(table.rows, colLabels=table.head, bbox=(0, 0, 1, 1), edges="horizontal")
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(7)
-    for (_, column), cell in drawn.get_celld().items():
-        cell.set_edgecolor(GRID)
-        cell.get_text().set_ha("left" if column == 0 else "right")
-        cell.PAD = 0.02
+    figure.tight_layout()
+    write_png(figure, path)

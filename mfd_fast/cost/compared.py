@@ -25,6 +25,7 @@ from mfd_fast.cost.cycle import (
     bytes_that_stay,
     gradients_of,
     solver_steps,
+    updates_of,
     weighted,
 )
 from mfd_fast.cost.trace import Memory, Trace, Work
@@ -133,7 +134,7 @@ def trace_compared(
         for kind in draws.kinds.values():
             distiller.host_generator.set_state(kind.state)
             trace(lambda role=role: distiller.part(role, cond), kind.count)
-        trace(lambda role=role: distiller.finish(role), cycles * _updates(config, role))
+        trace(lambda role=role: distiller.finish(role), cycles * updates_of(config, role))
         missing = Counter(draws.asked)
         missing.subtract(draws.made)
         if missing:
@@ -162,7 +163,7 @@ def followed_draws(config: DistillConfig, batch: int, cycles: int) -> Mapping[st
     found = {role: Draws() for role in distiller.roles}
     for _ in range(cycles):
         for role, draws in found.items():
-            for _ in range(_updates(config, role) * config.micro_batches):
+            for _ in range(updates_of(config, role) * config.micro_batches):
                 calls.clear()
                 distiller.draws = draws
                 state = distiller.host_generator.get_state()
@@ -186,10 +187,6 @@ class Silent(nn.Module):
         """x ``[B, 1, 1, 1]`` times a parameter; ``middle`` is ``[B, 1, 1]``."""
         self.calls.append((self.role, len(x), torch.is_grad_enabled()))
         return self.middle(x.flatten(2) * self.factor).view_as(x)
-
-
-def _updates(config: DistillConfig, role: str) -> int:
-    return config.aux_updates if role == "aux" else config.student_updates
 
 
 def _teacher_steps(distiller: MetaComparison, cond: Any, config: DistillConfig) -> dict[int, Work]:

@@ -136,7 +136,9 @@ def trace_cycle(model: Shapes, config: DistillConfig, batch: int) -> CycleCost:
         distiller.aux_step(cond)
         distiller.student_step(cond)
     phases = {
-        name: Work().add(work, _updates(config, name)) for name, work in trace.work.items() if name
+        name: Work().add(work, updates_of(config, name))
+        for name, work in trace.work.items()
+        if name
     }
     parts = config.micro_batches
     rows = batch // parts
@@ -232,8 +234,9 @@ def weighted(steps: dict[int, Work], counts: Counter) -> Work:
     return total
 
 
-def _updates(config: DistillConfig, phase: str) -> int:
-    return config.aux_updates if phase.startswith("aux/") else config.student_updates
+def updates_of(config: DistillConfig, phase: str) -> int:
+    """Of the role, or of the role of the phase, in a cycle."""
+    return config.aux_updates if phase.startswith("aux") else config.student_updates
 
 
 def bytes_that_stay(distiller: Distiller, first: Memory) -> dict[str, float]:

@@ -5,12 +5,13 @@ where it comes from.
 """
 
 import difflib
-import time
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 GB = 1e9
 DATA_SHEET = "vendor data sheet, dense, without sparsity"
@@ -170,7 +171,8 @@ def this_machine(kind: str = "") -> Device:
     else:
         from mfd_fast.run.environment import cpu_name
 
-        name, memory = f"{cpu_name()}, {torch.get_num_threads()} threads", _host_memory()
+        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     side, copied = MATMUL_SIDE[kind], COPY_BYTES[kind] >> 20
     source = f"measured here: a product of {side}^3 and a copy of {copied} MiB"
     rates = bf16, fp32, copy_bandwidth(kind)
@@ -186,7 +188,7 @@ def calibrate(device: Device, kind: str = "") -> Efficiency:
     """The measured rates of ``device`` themselves, and the cost of launching a small operator."""
     kind = kind or here()
     x = torch.zeros(8, device=kind)
-    launch = seconds_of(lambda: [x.add_(1.0) for _ in range(LAUNCHES)], kind) / LAUNCHES
+    launch = seconds_of(lambda: [x.add_(1.0) for _ in range(LAUNCHES)]) / LAUNCHES
     shares = dict.fromkeys(ASSUMED_SHARES, 1.0)
     source = f"all of what {device.name} reaches in large operators; launches measured here"
     return Efficiency(shares, 1.0, launch, source)
@@ -196,7 +198,7 @@ def matmul_flops(device: str, dtype: torch.dtype, side: int = 0) -> float:
     """Operations a second of one square product."""
     side = side or MATMUL_SIDE[torch.device(device).type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
-    return 2 * side**3 / seconds_of(lambda: a @ b, device)
+    return 2 * side**3 / seconds_of(lambda: a @ b)
 
 
 def copy_bandwidth(device: str, num_bytes: int = 0) -> float:
@@ -204,28 +206,10 @@ def copy_bandwidth(device: str, num_bytes: int = 0) -> float:
     num_bytes = num_bytes or COPY_BYTES[torch.device(device).type]
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * num_bytes / seconds_of(lambda: target.copy_(source), device)
+    return 2 * num_bytes / seconds_of(lambda: target.copy_(source))
 
 
-def seconds_of(work: Callable[[], object], device: str) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     """Seconds of the fastest call: what the device can do, beside whatever else runs on it."""
-    is_cuda = torch.device(device).type == "cuda"
-
-    def once() -> float:
-        start = time.perf_counter()
-        work()
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    samples, deadline = [], time.perf_counter() + MEASURE_SECONDS
-    while len(samples) < 3 or time.perf_counter() < deadline:
-        samples.append(once())
-    return min(samples)
-
-
-def _host_memory() -> float:
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=MEASURE_SECONDS).times)

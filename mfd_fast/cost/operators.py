@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 Formula = Callable[..., float]  # (args, output) -> operations
 
@@ -29,33 +31,10 @@ ALLOCATIONS = frozenset(
 LOOKUPS = frozenset({"index_select", "embedding", "gather", "index"})
 
 
-def _mm(args: tuple, out: Any) -> float:
-    return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
-
-
-def _bmm(args: tuple, out: Any) -> float:
-    return args[0].shape[0] * _mm((args[0][0], args[1][0]), out)
-
-
-def _convolution(args: tuple, out: Any) -> float:
-    x, weight, is_transposed = args[0], args[1], args[6]
-    return 2 * (x if is_transposed else out).numel() * math.prod(weight.shape[1:])
-
-
-def _convolution_backward(args: tuple, out: Any) -> float:
-    grad, x, weight, is_transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-    once = 2 * (x if is_transposed else grad).numel() * math.prod(weight.shape[1:])
-    return once * (wanted[0] + wanted[1])
-
-
-def _attention(args: tuple, out: Any) -> float:
-    q, k, v = args[:3]  # [R, H, T, D]
-    return 2 * math.prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3])
-
-
-def _attention_backward(args: tuple, out: Any) -> float:
-    """Five products where the forward has two: the scores again, and the gradients."""
-    return 2.5 * _attention(args[1:], out)
+def _torchs(family: str, name: str) -> tuple[str, Formula]:
+    """What PyTorch's own counter charges for one of its operators."""
+    formula = flop_registry[getattr(torch.ops.aten, name)]
+    return family, lambda args, out: formula(*args, out_val=out)
 
 
 def _linear_attention(args: tuple, out: Any) -> float:
@@ -78,7 +57,7 @@ def _short_attention_qkv(args: tuple, out: Any) -> float:
 
 
 def _short_attention_backward(args: tuple, out: Any) -> float:
-    return 2.5 * _short_attention(args[1:], out)
+    return 2.5 * _short_attention(args[1:], out)  # five products where the forward has two
 
 
 def _segmented_lora(args: tuple, out: Any) -> float:
@@ -103,13 +82,18 @@ def _glu_depthwise_backward(args: tuple, out: Any) -> float:
 
 # name of an operator -> its family and formula
 PRODUCTS: dict[str, tuple[str, Formula]] = {
-    "mm": ("product", _mm),
-    "_scaled_mm": ("product", _mm),
-    "addmm": ("product", lambda args, out: _mm(args[1:], out)),
-    "bmm": ("product", _bmm),
-    "baddbmm": ("product", lambda args, out: _bmm(args[1:], out)),
-    "convolution": ("convolution", _convolution),
-    "convolution_backward": ("convolution", _convolution_backward),
+    **{name: _torchs("product", name) for name in ("mm", "_scaled_mm", "addmm", "bmm", "baddbmm")},
+    **{name: _torchs("convolution", name) for name in ("convolution", "convolution_backward")},
+    **{
+        f"_scaled_dot_product_{kind}{end}": _torchs(
+            "attention", f"_scaled_dot_product_flash_attention{end}"
+        )
+        for kind in (
+            *("flash_attention", "flash_attention_for_cpu", "efficient_attention"),
+            *("cudnn_attention", "fused_attention_overrideable"),
+        )
+        for end in ("", "_backward")
+    },
     "glu_depthwise": ("convolution", _glu_depthwise),
     "_glu_depthwise_backward": ("convolution", _glu_depthwise_backward),
     "linear_attention": ("attention", _linear_attention),
@@ -120,20 +104,6 @@ PRODUCTS: dict[str, tuple[str, Formula]] = {
     "segmented_lora": ("adapter", _segmented_lora),
     "segmented_lora_": ("adapter", _segmented_lora),
     "_segmented_lora_backward": ("adapter", _segmented_lora_backward),
-    **{
-        f"_scaled_dot_product_{kind}": ("attention", _attention)
-        for kind in (
-            *("flash_attention", "flash_attention_for_cpu", "efficient_attention"),
-            *("cudnn_attention", "fused_attention_overrideable"),
-        )
-    },
-    **{
-        f"_scaled_dot_product_{kind}_backward": ("attention", _attention_backward)
-        for kind in (
-            *("flash_attention", "flash_attention_for_cpu", "efficient_attention"),
-            *("cudnn_attention", "fused_attention_overrideable"),
-        )
-    },
 }
 
 # Operators of ours that compute no products; a new operator belongs here or above.

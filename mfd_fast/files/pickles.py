@@ -14,6 +14,7 @@ import pickle
 import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -115,20 +116,20 @@ class PlainUnpickler(pickle._Unpickler):
         return f" (under {' '.join(keys)})" if keys else ""
 
     def _own(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__"):
-            calls = {"set": self._set, "frozenset": self._frozenset, "bytes": self._bytes,
-                     "bytearray": self._bytearray}  # fmt: skip
-            return calls.get(name)
-        full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
+        module = module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins")
         return {
-            "collections.OrderedDict": self._ordered,
+            "builtins.set": partial(self._container, set),
+            "builtins.frozenset": partial(self._container, frozenset),
+            "builtins.bytes": self._bytes,
+            "builtins.bytearray": self._bytearray,
+            "collections.OrderedDict": partial(self._container, OrderedDict),
             "_codecs.encode": self._bytes,
             "numpy.ndarray": PickledArray,
             "numpy.dtype": PickledDtype,
             "numpy.core.multiarray._reconstruct": self._shell,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy.core.numeric._frombuffer": self._from_buffer,
-        }.get(full)
+        }.get(f"{module}.{name}")
 
     def _spend(self, value: Any, *kinds: type) -> Any:
         """``value``, which is about to be copied: of one of the kinds, and not over the budget."""
@@ -152,14 +153,8 @@ class PlainUnpickler(pickle._Unpickler):
     def _bytearray(self, *value_and_encoding: Any) -> bytearray:
         return bytearray(self._bytes(*value_and_encoding))
 
-    def _set(self, values: Any = ()) -> set:
-        return set(self._spend(values, list, tuple))
-
-    def _frozenset(self, values: Any = ()) -> frozenset:
-        return frozenset(self._spend(values, list, tuple))
-
-    def _ordered(self, pairs: Any = ()) -> OrderedDict:
-        return OrderedDict(self._spend(pairs, list, tuple))
+    def _container(self, kind: type, values: Any = ()) -> Any:
+        return kind(self._spend(values, list, tuple))
 
     def _shell(self, *_subtype_shape_and_code: Any) -> PickledArray:
         """``_reconstruct``."""

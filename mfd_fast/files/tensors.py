@@ -11,8 +11,6 @@ from mfd_fast.files.torch_pickles import load_torch_file
 from mfd_fast.files.whole import first_line
 
 WRAPPERS = ("state_dict", "model")  # what trainers put around the weights
-HEAD_WIDTHS = (1024, 128, 64, 16, 1)
-HEAD_DROPOUT = (0.2, 0.2, 0.1)  # not used, but it has a place among the layers' numbers
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
@@ -49,15 +47,14 @@ class ScoreHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        layers: list[nn.Module] = []
-        for number, (into, out) in enumerate(zip((width, *HEAD_WIDTHS), HEAD_WIDTHS, strict=False)):
-            layers.append(nn.Linear(into, out))
-            if number < len(HEAD_DROPOUT):
-                layers.append(nn.Dropout(HEAD_DROPOUT[number]))
-        self.layers = nn.Sequential(*layers)
+        sizes = ((width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))
+        layers = dict(zip("02467", (nn.Linear(*size) for size in sizes), strict=True))
+        self.layers = nn.ModuleDict(layers)  # the numbers between are of dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)[:, 0]
+        for layer in self.layers.values():
+            x = layer(x)
+        return x[:, 0]
 
 
 def load_head(tensors: Mapping[str, Tensor], width: int, file: str | Path) -> ScoreHead:

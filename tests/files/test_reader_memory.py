@@ -187,20 +187,18 @@ def test_torch_files(read, name, tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old format"])
-def test_a_refused_checkpoint_names_the_culprit(options, tmp_path):
+def test_a_refused_checkpoint_names_the_culprit(tmp_path):
     for number, (value, name) in enumerate(
         [(Call(print, 1), r"print"), (Path("x"), r"pathlib\.PosixPath"), (np.ones(3), "numpy")]
     ):
         path = tmp_path / f"{number}.ckpt"
-        torch.save({"state_dict": {}, "hyper": {"key": [value]}}, path, **options)
+        torch.save({"state_dict": {}, "hyper": {"key": [value]}}, path)
         told = rf"{number}\.ckpt is refused: .* names \S*{name}\S* \(under .*'hyper' 'key'\)"
         with pytest.raises(ValueError, match=told):
             read_checkpoint(path)
 
 
-@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old format"])
-def test_honest_torch_files_are_read(options, tmp_path):
+def test_honest_torch_files_are_read(tmp_path):
     linear = torch.nn.Linear(3, 4)
     optimizer = torch.optim.AdamW(linear.parameters())
     linear(torch.ones(2, 3)).sum().backward()
@@ -213,7 +211,7 @@ def test_honest_torch_files_are_read(options, tmp_path):
         "optimizer_states": [optimizer.state_dict()], "lr_scheduler": scheduler.state_dict(),
         "size": torch.Size([2]), "ordered": OrderedDict(a=1), "bytes": bytearray(b"x"),
     }  # fmt: skip
-    torch.save(content, tmp_path / "a.ckpt", **options)
+    torch.save(content, tmp_path / "a.ckpt")
     found = read_checkpoint(tmp_path / "a.ckpt")
     assert found.keys() == content["state_dict"].keys()
     for name, tensor in found.items():

@@ -207,7 +207,7 @@ def test_files_that_are_no_checkpoint_are_refused(world, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"bad\.ckpt is refused: .*tensors and plain containers"):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps({"state_dict": Code()}, protocol=2))
-    with pytest.raises(ValueError, match=r"bad\.ckpt is refused"):
+    with pytest.raises(ValueError, match=r"bad\.ckpt.* is not a zip file"):
         read_checkpoint(path)
     assert "executed" not in capsys.readouterr().out
     for content, message in (

@@ -8,44 +8,41 @@
 All numbers are little-endian.
 """
 
-import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mfd_fast.files.whole import written
+
 CHECKSUM_BYTES = 16
 TOKEN_BYTES, LENGTH_BYTES = 2, 4  # of a bfloat16, of an int32
 READ_BYTES = 1 << 22  # at a time, when a checksum is compared
-PART = ".part"  # ends the name of a file that is being written
 
 
-class ShardWriter:
-    """Context manager: writes batches to the file, which appears when all went well."""
+@contextmanager
+def writing(path: Path, *, owner: bytes, dim: int) -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """Gives what appends embeddings ``[B, L, dim]`` with a mask ``[B, L]`` bool, real tokens first,
+    to the file, which appears when all went well.
 
-    def __init__(self, path: Path, *, owner: bytes, dim: int):
-        self.path, self.owner, self.dim = path, owner, dim
-        self._part = path.with_name(path.name + PART)
-        self._checksum = blake2b(digest_size=CHECKSUM_BYTES)
-        self._lengths: list[np.ndarray] = []
+    ``ValueError`` for another dim, a mask with gaps, or numbers that are not finite.
+    """
+    checksum, lengths = blake2b(digest_size=CHECKSUM_BYTES), []
 
-    def __enter__(self) -> "ShardWriter":
-        self._file = self._part.open("wb")
-        return self
+    def write(data: bytes) -> None:
+        file.write(data)
+        checksum.update(data)
 
-    def add(self, text: Tensor, mask: Tensor) -> None:
-        """Append ``[B, L, dim]`` embeddings; mask ``[B, L]`` bool, real tokens first.
-
-        ``ValueError`` for another dim, a mask with gaps, or numbers that are not finite.
-        """
-        lengths = mask.sum(1)
-        is_first = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
-        if text.shape != (*mask.shape, self.dim) or not mask.equal(is_first):
+    def add(text: Tensor, mask: Tensor) -> None:
+        sizes = mask.sum(1)
+        is_first = torch.arange(mask.shape[1], device=mask.device) < sizes[:, None]
+        if text.shape != (*mask.shape, dim) or not mask.equal(is_first):
             raise ValueError(
-                f"expected embeddings [B, L, {self.dim}] with real tokens first; got "
+                f"expected embeddings [B, L, {dim}] with real tokens first; got "
                 f"{list(text.shape)} and a mask {list(mask.shape)}"
             )
         tokens = text[mask].to("cpu", torch.bfloat16)
@@ -53,32 +50,13 @@ class ShardWriter:
             raise ValueError(
                 "the text encoder gave numbers that are not finite; use another --dtype"
             )
-        self._write(tokens.view(torch.int16).numpy().astype("<i2", copy=False).tobytes())
-        self._lengths.append(lengths.cpu().numpy().astype("<i4"))
+        write(tokens.view(torch.int16).numpy().astype("<i2", copy=False).tobytes())
+        lengths.append(sizes.cpu().numpy().astype("<i4"))
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._write(np.concatenate(self._lengths).tobytes() + self.owner)
-            self._file.write(self._checksum.digest())
-            publish(self._file, self._part, self.path)
-        else:
-            self._file.close()
-            self._part.unlink()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._checksum.update(data)
-
-
-def publish(file: Any, part: Path, path: Path) -> None:
-    """Close a file and give it its name once its bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    with written(path) as part, part.open("wb") as file:
+        yield add
+        write(np.concatenate(lengths).tobytes() + owner)
+        file.write(checksum.digest())
 
 
 def read_lengths(path: Path, *, prompts: int, owner: bytes, dim: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A folder of text embeddings on disk: only real tokens, memory-mapped, checksummed.
 
     STORE/header.json      what was encoded, by what, how; the number of prompts
-    STORE/null.bin         a shard (data/text_shard.py) with the empty prompt alone
+    STORE/null.bin         a shard (text/shard.py) with the empty prompt alone
     STORE/shard-00000.bin  the first ``shard_size`` prompts, and so on
 
 An interrupted store holds the first shards and nothing else that counts; writing goes on after
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from mfd_fast.files.plain import read_json
+from mfd_fast.files.whole import WRITING, clean, write_text
 from mfd_fast.models.sana.text.prompts import Prompts
 from mfd_fast.models.sana.text.shard import (
     CHECKSUM_BYTES,
-    PART,
-    ShardWriter,
     map_tokens,
-    publish,
     read_lengths,
     verify_shard,
+    writing,
 )
 
 FORMAT = 1
@@ -167,10 +166,10 @@ def write_text_store(
                 progress(size)
                 continue
             end = number * shard_size + size
-            with _writer(path / name, header) as shard:
+            with writing(path / name, **_identity(header)) as add:
                 for start in range(number * shard_size, end, batch):
                     chunk = prompts[start : min(start + batch, end)]
-                    shard.add(*encoder.encode(chunk))
+                    add(*encoder.encode(chunk))
                     progress(len(chunk))
     return TextStore(path)
 
@@ -233,14 +232,12 @@ def _begin(path: Path, header: dict[str, Any]) -> None:
                 "or delete that one"
             )
         return
-    if others := sorted(file.name for file in path.iterdir() if file.suffix != PART):
+    names = (file.name for file in path.iterdir())
+    if others := sorted(name for name in names if not name.startswith(WRITING)):
         raise ValueError(
             f"{path} holds other files ({others[0]}, ...); choose another folder with --out"
         )
-    part = path / (HEADER + PART)
-    file = part.open("w", encoding="utf-8")
-    json.dump(header, file, indent=1)
-    publish(file, part, path / HEADER)
+    write_text(path / HEADER, json.dumps(header, indent=1))
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -262,27 +259,24 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait for it") from None
+        clean(path)
         yield
 
 
-def _writer(path: Path, header: dict[str, Any]) -> ShardWriter:
-    return ShardWriter(path, owner=bytes.fromhex(header["checksum"]), dim=header["encoder"]["dim"])
+def _identity(header: dict[str, Any]) -> dict[str, Any]:
+    """What a shard knows of its store."""
+    return {"owner": bytes.fromhex(header["checksum"]), "dim": header["encoder"]["dim"]}
 
 
 def _lengths(path: Path, prompts: int, header: dict[str, Any]) -> np.ndarray:
-    return read_lengths(
-        path,
-        prompts=prompts,
-        owner=bytes.fromhex(header["checksum"]),
-        dim=header["encoder"]["dim"],
-    )
+    return read_lengths(path, prompts=prompts, **_identity(header))
 
 
 def _write_null(path: Path, header: dict[str, Any], null: Tensor) -> None:
     """Write the empty prompt, or compare it: that tells another encoder at little cost."""
     if not (path / NULL).is_file():
-        with _writer(path / NULL, header) as shard:
-            shard.add(null[None], torch.ones(1, len(null), dtype=torch.bool, device=null.device))
+        with writing(path / NULL, **_identity(header)) as add:
+            add(null[None], torch.ones(1, len(null), dtype=torch.bool, device=null.device))
         return
     length = int(_lengths(path / NULL, 1, header)[0])
     there = map_tokens(path / NULL, null.shape[1])[:length]
