@@ -36,9 +36,9 @@ def report(files: list[Path], folder: Path) -> str:
     line, first = summary(results), results[0]
     encoded = base64.b64encode(picture.read_bytes()).decode()
     parts = [
-        "<!doctype html><meta charset=utf-8><title>mfd-fast bench</title>",
+        "<!doctype html><meta charset=utf-8><title>benchmarks</title>",
         f"<style>{STYLE}</style>",
-        f"<h1>mfd-fast bench</h1><p>{escape(first['device'])}, {first['threads']} threads, torch "
+        f"<h1>benchmarks</h1><p>{escape(first['device'])}, {first['threads']} threads, torch "
         f"{escape(first['torch'])}, commit {escape(first['commit'])}, {escape(first['date'])}</p>",
         f"<p>{escape(line)}</p><img src='data:image/png;base64,{encoded}' style='max-width:100%'>",
         *(_html(table_of(result)) for result in results),

@@ -298,8 +298,8 @@ def with_memory(config: RunConfig, gigabytes: int) -> RunConfig:
     """The config with the profile of a card; ``ValueError`` lists the profiles."""
     if gigabytes not in MEMORY_PROFILES:
         raise ValueError(
-            f"--memory-profile must be one of {list(MEMORY_PROFILES)} (GB of the card), got "
-            f"{gigabytes}; take the next smaller one"
+            f"--memory-profile must be one of {', '.join(map(str, MEMORY_PROFILES))} (GB of the "
+            f"card), got {gigabytes}; take the next smaller one"
         )
     return replace(config, train=replace(config.train, **MEMORY_PROFILES[gigabytes]))
 
@@ -310,7 +310,7 @@ def preset(name: str) -> RunConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"unknown preset {name!r}; there is {sorted(PRESETS)}{nearest(name, PRESETS)}"
+            f"unknown preset {name!r}; there is {', '.join(PRESETS)}{nearest(name, PRESETS)}"
         )
     return PRESETS[name]
 
