@@ -1,6 +1,6 @@
 """All benchmarks of this machine, compared with the committed results of the same device.
 
-    mfd-fast bench --out FOLDER [--smoke] [--only REGEX of names]
+    python -m bench.suite --out FOLDER [--smoke] [--only REGEX of names]
 
 Operators, whole updates of digits and SANA, SANA's literal loop, OccFM's network and decoder, and
 the device's roofs; on a GPU the updates are those of SANA 1.6B.  ``--smoke``: small shapes and few
@@ -8,6 +8,7 @@ variants, to see that all of it runs.  Leaves one JSON a benchmark; ``bench.suit
 report.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -222,3 +223,29 @@ def summary(results: list[dict]) -> str:
         f"{len(rows)} rows have a committed result; median time now / then: {', '.join(parts)} "
         "(above 1: slower now)"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmarks, compare with the committed results of this device, write a report."""
+    from bench import suite_page
+
+    parser = argparse.ArgumentParser("python -m bench.suite", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--only", default="", help="regular expression of names")
+    parser.add_argument("--smoke", action="store_true", help="small shapes: does all of it run")
+    given = parser.parse_args(argv)
+    if (given.out / "report.html").exists():
+        parser.error(f"{given.out} holds a report already; choose another folder with --out")
+    try:
+        files, failed = run(benchmarks(given.only, smoke=given.smoke), given.out.resolve())
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if files:
+        print(suite_page.report(files, given.out))
+        print(given.out / "report.html")
+    if failed:
+        parser.error(f"{'; '.join(failed)}: see above")
+
+
+if __name__ == "__main__":
+    main()

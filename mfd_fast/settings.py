@@ -72,10 +72,10 @@ class Settings:
             value = check_type(hint, value, key)
             object.__setattr__(self, name, value)
             if name in limits and value is not None:
-                _check_range(limits[name], value, key)
+                check_range(limits[name], value, key)
 
 
-def _check_range(limits: Range, value: float, key: str) -> None:
+def check_range(limits: Range, value: float, key: str) -> None:
     text, is_finite = limits.text, isinstance(value, int) or math.isfinite(value)
     if not is_finite:
         text = f"finite and {text}"
@@ -92,7 +92,7 @@ def check_type(hint: Any, value: Any, key: str) -> Any:
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        require(value in choices, key, f"one of {list(choices)}", repr(value))
+        require(value in choices, key, f"one of {', '.join(map(str, choices))}", repr(value))
         return value
     if hint is float and type(value) is int:
         return float(value) if abs(value) <= MAX_FLOAT else math.inf * (1 if value > 0 else -1)

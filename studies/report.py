@@ -15,7 +15,7 @@ from studies.verdict import Verdict
 
 HEADER = """# Studies: the paper's analyses at small size
 
-Made by `mfd-fast study all`; every number below comes from the JSON file named beside it, every
+Made by `python -m studies all`; every number below comes from the JSON file named beside it, every
 picture from the same file.  Confirmed means that the claim holds here, at this size, with these
 seeds; not confirmed that it does not.  What needs SANA, nuScenes or CIFAR-10 at full size is not
 testable here.  Nothing here was measured on a GPU.
@@ -101,7 +101,7 @@ def _section(
         lines.append(study.table(document["figures"]) + "\n")
     lines += [
         f"![{name}]({picture})\n",
-        f"[{name}.json]({link}): `mfd-fast study {name} --seed {document['seed']}`, "
+        f"[{name}.json]({link}): `python -m studies {name} --seed {document['seed']}`, "
         f"{document['device']}, torch {document['torch']}, {document['date'][:10]}.\n",
     ]
     return "\n".join(lines)

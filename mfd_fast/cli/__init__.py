@@ -1,95 +1,125 @@
-"""The command line ``mfd-fast COMMAND``: one function a command, imported when it is typed.
+"""The command line ``mfd-fast COMMAND``: one typed function a command, imported when it is typed.
 
 Exit codes: 0 done; 2 the request was wrong (one sentence on stderr, nothing overwritten); 128 + the
 signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1,
 129 SIGHUP.
 """
 
+import re
 import sys
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
-from mfd_fast.cli.spoken import spoken
-from mfd_fast.models import PRESETS
+from mfd_fast.cli.parse import HELP, Command, show, subcommands, union_of_names
 from mfd_fast.run.config import nearest
 from mfd_fast.run.stop import Stopped
 
-# command -> where it is, module:function, and how it is typed
-COMMANDS: dict[str, tuple[str, str]] = {
-    "distill": (
-        "mfd_fast.cli.run:distill",
-        "PRESET [--dry-run] [--out FOLDER] [--resume [CHECKPOINT]] [--config FILE.yaml] "
-        "[--objective NAME] [--memory-profile GB] [--distill.KEY VALUE ...]",
-    ),
-    "config": ("mfd_fast.cli.config:config", "PRESET [settings as for distill]"),
-    "report": ("mfd_fast.cli.report:report", "RUN [RUN ...] [--out FILE.html]"),
-    "sample": (
-        "mfd_fast.cli.run:sample",
-        "RUN [--out FILE.png] [--num N] [--seed S] [--prompt TEXT ...] [--teacher PATH]",
-    ),
-    "evaluate": (
-        "mfd_fast.cli.run:evaluate",
-        "RUN [--num-samples N] [--scores NAME=MODEL[:FILE],... [--prompts FILE]] [--teacher PATH]",
-    ),
-    "export": ("mfd_fast.cli.export:export", "RUN --out FOLDER [--teacher PATH]"),
-    "pretrain": (
-        "mfd_fast.cli.pretrain:pretrain",
-        "digits|occfm-vae|occfm|cifar10 [--out FOLDER] [--KEY VALUE ...]",
-    ),
-    "prepare": (
-        "mfd_fast.cli.prepare:prepare",
-        "occfm --data DIR --out STORE [--synthetic N] [--vae FILE] | --check STORE",
-    ),
-    "encode-prompts": (
-        "mfd_fast.cli.encode_prompts:encode_prompts",
-        "CHECKPOINT --prompts FILE --out STORE [--skip-bad] | --check STORE",
-    ),
-    "estimate": (
-        "mfd_fast.cli.estimate:estimate",
-        "PRESET [--gpu NAME|this-machine] [--gpus N] [--batch B] [--peak-tflops T --bandwidth GB/S "
-        "--memory GB] [--distill.KEY VALUE ...]",
-    ),
-    "study": ("mfd_fast.cli.study:study", "NAME|all [--out FOLDER] [--report FILE.md] [--seed S]"),
-    "compat": ("mfd_fast.cli.compat:compat", "sana --FLAG=VALUE ... (the official script's flags)"),
-    "completion": ("mfd_fast.cli.completion:completion", "bash|zsh|fish"),
-    "profile": ("mfd_fast.cli.profile:profile", "PRESET [--out FOLDER] [--cycles N] [--batch B]"),
-    "bench": ("mfd_fast.cli.bench:bench", "[--out FOLDER] [--only REGEX] [--smoke]"),
-    "info": ("mfd_fast.cli.info:info", ""),
+# command -> the module of this folder that has the function of its name
+COMMANDS: dict[str, str] = {
+    "distill": "run",
+    "config": "run",
+    "report": "run",
+    "sample": "run",
+    "evaluate": "run",
+    "export": "run",
+    "pretrain": "pretrain",
+    "prepare": "data",
+    "encode-prompts": "data",
+    "estimate": "cost",
+    "profile": "cost",
+    "compat": "run",
+    "info": "cost",
 }
+ABOUT = """Distil flow-matching models by Mean Flow Distillation.
+
+Example: mfd-fast distill digits.  mfd-fast COMMAND --help shows the options of a command."""
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+OPTION = re.compile(r"mfd-fast [a-z][^;]*|(?<![\w-])--[a-z][\w.-]*\w")
 
 
-def usage() -> str:
-    """What ``mfd-fast --help`` prints."""
-    lines = ["mfd-fast: distil flow-matching models by Mean Flow Distillation", ""]
-    lines += [f"  mfd-fast {name} {how}".rstrip() for name, (_, how) in COMMANDS.items()]
-    presets = ", ".join(PRESETS)
-    return "\n".join(
-        [*lines, "", f"presets: {presets}.  mfd-fast distill PRESET --help lists every setting."]
-    )
+def command_of(name: str) -> Command:
+    """The command of this name."""
+    module = import_module(f"mfd_fast.cli.{COMMANDS[name]}")
+    found = getattr(module, name.replace("-", "_"))
+    return found if isinstance(found, Command) else Command(found)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        print(
-            f"mfd-fast: unknown command {argv[0]!r}; there is {list(COMMANDS)}"
-            f"{nearest(argv[0], COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
-    module, function = COMMANDS[argv[0]][0].split(":")
+    name = argv[0] if argv else ""
+    if not name or name in HELP or name in COMPLETION:
+        return _help(argv or ["--help"]) or (0 if argv else 2)
+    if name == "--version":
+        from mfd_fast import __version__
+
+        print(f"mfd-fast {__version__}")
+        return 0
     try:
-        getattr(import_module(module), function)(argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        print(f"mfd-fast {argv[0]}: {spoken(argv[0], str(error))}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"mfd-fast {argv[0]}: {spoken(argv[0], str(stopped))}", file=sys.stderr)
-        return stopped.exit_code
+        if name not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise ValueError(f"unknown command {name!r}; there is {known}{nearest(name, COMMANDS)}")
+        _run(name, argv[1:])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except (ValueError, OSError, ImportError, Stopped) as error:
+        print(f"mfd-fast {name}: {spoken(name, str(error))}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         print("mfd-fast: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _help(argv: list[str]) -> int:
+    """tyro's help, or its script that completes commands, names and settings in a shell."""
+    try:
+        show(subcommands({name: command_of(name) for name in COMMANDS}), argv, "mfd-fast", ABOUT)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _run(name: str, argv: list[str]) -> None:
+    command, prog = command_of(name), f"mfd-fast {name}"
+    if not command.names:
+        return command.parse("", argv, prog)()
+    noun, typed = command.noun, argv[0] if argv else ""
+    if typed in HELP:
+        text = f"{command.text}\n\n{prog} {noun} --help lists its options."
+        show(union_of_names(command), argv, prog, text)
+    elif not typed or typed.startswith("-"):
+        got = f", {noun} first; got {typed!r}" if typed else f"; {prog} --help shows an example"
+        raise ValueError(f"expected {prog} {noun}{got}")
+    elif typed not in command.names and noun != "PRESET":  # of other packages, too
+        known = ", ".join(command.names)
+        raise ValueError(
+            f"unknown {noun.lower()} {typed!r}; there is {known}{nearest(typed, command.names)}"
+        )
+    command.parse(typed, argv[1:], f"{prog} {typed}")()
+
+
+def spoken(command: str, message: str) -> str:
+    """The message in the words of the command that was typed.
+
+    The library's messages name options as ``mfd-fast distill`` has them.  A command that has others
+    of the same meaning says its own; a command typed out in a message stays as it is.
+    """
+    words: Mapping[str, Any] = SPOKEN.get(command, {})
+    if command == "compat":
+        from mfd_fast.models.sana.compat import spoken_flags
+
+        words = spoken_flags()
+    return OPTION.sub(lambda found: words.get(found.group(), found.group()), message)
+
+
+# command -> option of distill -> what is typed there
+SPOKEN: Mapping[str, Mapping[str, str]] = {
+    "encode-prompts": {
+        "--sana.prompt-column": "--prompt-key",
+        "--sana.skip-bad": "--skip-bad",
+        "--teacher": "the CHECKPOINT that comes first",
+    },
+    "evaluate": {"--sana.prompt-column": "sana.prompt_column in the run's config.yaml"},
+}

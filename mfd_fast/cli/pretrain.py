@@ -1,57 +1,52 @@
 """``mfd-fast pretrain``: the networks that a distillation starts from, trained from scratch."""
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Annotated, Any
 
-from mfd_fast.cli.options import options, parse_config, positional
-from mfd_fast.run.config import nearest
+from mfd_fast.cli.parse import Config, Fixed, Optional, command
+from mfd_fast.settings import Settings
 
-
-def pretrain(argv: list[str]) -> None:
-    """Train a teacher, or the VAE before it, from scratch."""
-    name, rest = positional(argv, "pretrain", "|".join(NETWORKS))
-    if name not in NETWORKS:
-        raise ValueError(
-            f"pretrain trains one of {list(NETWORKS)}, got {name!r}{nearest(name, NETWORKS)}"
-        )
-    own, rest = options(rest, out=f"runs/{name}-pretrained")
-    NETWORKS[name](rest, Path(own.out))
-
-
-def _digits(argv: list[str], out: Path) -> None:
-    from mfd_fast.models.digits.evaluate import format_table
-    from mfd_fast.models.digits.teacher import PretrainConfig
-    from mfd_fast.models.digits.teacher import pretrain as pretrain_digits
-
-    config = parse_config(PretrainConfig(), argv, "mfd-fast pretrain digits")
-    print(format_table(pretrain_digits(config, out)["evaluation"]))
+# network -> what it is, its module, settings, function and the file it leaves
+NETWORKS: dict[str, tuple[str, str, str, str, str]] = {
+    "digits": ("Teacher of the 8x8 digits and their classifier.",
+               "digits.teacher", "PretrainConfig", "pretrain", "teacher.safetensors"),
+    "occfm-vae": ("VAE of OccFM's occupancy grids.",
+                  "occfm.pretrain", "VaePretrain", "pretrain_vae", "vae.safetensors"),
+    "occfm": ("Teacher of occupancy forecasts, on the latents of a VAE.",
+              "occfm.pretrain", "TeacherPretrain", "pretrain_teacher", "teacher.safetensors"),
+    "cifar10": ("Unconditional teacher of CIFAR-10.",
+                "cifar10.teacher", "Cifar10Pretrain", "pretrain", "teacher.safetensors"),
+}  # fmt: skip
 
 
-def _occfm_vae(argv: list[str], out: Path) -> None:
-    from mfd_fast.models.occfm.pretrain import VAE, VaePretrain, pretrain_vae
-
-    pretrain_vae(parse_config(VaePretrain(), argv, "mfd-fast pretrain occfm-vae"), out)
-    print(out / VAE)
+def _module(name: str) -> Any:
+    return import_module(f"mfd_fast.models.{NETWORKS[name][1]}")
 
 
-def _occfm(argv: list[str], out: Path) -> None:
-    from mfd_fast.models.occfm.pretrain import TEACHER, TeacherPretrain, pretrain_teacher
+@command(
+    noun="NETWORK",
+    names={name: about[0] for name, about in NETWORKS.items()},
+    base=lambda name, **_: getattr(_module(name), NETWORKS[name][2])(),
+)
+def pretrain(
+    config: Annotated[Settings, Config],
+    *,
+    name: Fixed,
+    out: Optional[Path | None] = None,
+) -> None:
+    """Train a teacher, or the VAE before it, from scratch.
 
-    pretrain_teacher(parse_config(TeacherPretrain(), argv, "mfd-fast pretrain occfm"), out)
-    print(out / TEACHER)
+    Example: mfd-fast pretrain digits --out runs/digits_teacher
 
+    Args:
+        out: Folder to make; runs/NETWORK-pretrained if left out.
+    """
+    _, _, _, function, file = NETWORKS[name]
+    out = out or Path(f"runs/{name}-pretrained")
+    metrics = getattr(_module(name), function)(config, out)
+    if name == "digits":
+        from mfd_fast.models.digits.evaluate import format_table
 
-def _cifar10(argv: list[str], out: Path) -> None:
-    from mfd_fast.models.cifar10.teacher import TEACHER, Cifar10Pretrain
-    from mfd_fast.models.cifar10.teacher import pretrain as pretrain_cifar10
-
-    pretrain_cifar10(parse_config(Cifar10Pretrain(), argv, "mfd-fast pretrain cifar10"), out)
-    print(out / TEACHER)
-
-
-NETWORKS: dict[str, Callable[[list[str], Path], None]] = {
-    "digits": _digits,
-    "occfm-vae": _occfm_vae,
-    "occfm": _occfm,
-    "cifar10": _cifar10,
-}
+        print(format_table(metrics["evaluation"]))
+    print(out / file)

@@ -1,69 +1,261 @@
-"""``mfd-fast distill | sample | evaluate``: the life of a run."""
+"""The commands of a run's life: distill, config, sample, evaluate, export, report, compat."""
 
+import os
 import sys
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
-from mfd_fast.cli.numbers import count
-from mfd_fast.cli.options import check_places, moved_files, options, positional, preset_config
-from mfd_fast.models import load_config
+from tyro.conf import Positional, UseAppendAction, arg
+
+from mfd_fast.cli.parse import Config, Optional, Places, Switch, command, words
+from mfd_fast.models import PRESETS, load_config, preset
 from mfd_fast.models.sana.presets import SanaRun
-from mfd_fast.run.config import RunConfig
+from mfd_fast.run.config import (
+    RunConfig,
+    from_dict,
+    to_dict,
+    with_absolute_paths,
+    with_file,
+    with_memory,
+)
+from mfd_fast.settings import Count
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "peft")
+SCRATCH = (64, 64)  # of a parameter large enough that its moments are kept in 8 bits
+SENTENCES = {name: type(config).__doc__.partition("\n")[0] for name, config in PRESETS.items()}
+File = Optional[Path | None]
+Run = Annotated[Path, Positional, arg(metavar="RUN")]
 
 
-def distill(argv: list[str]) -> None:
-    """Distil a preset's teacher; leaves a run folder, or continues the run in one."""
-    name, rest = positional(argv, "distill", "PRESET")
-    own, rest = options(rest, out="", resume=None, dry_run=False)
-    out = Path(own.out) if own.out else None
-    if own.resume is not None:
-        out, own.resume = resumed_run(out, own.resume)
-        rest = saved_settings(out, name) + rest
-    config = preset_config(name, rest, "distill")
-    if own.dry_run:
-        from mfd_fast.cli.dry_run import dry_run
+@dataclass(frozen=True)
+class Start:
+    """What the settings start from."""
 
-        dry_run(config, out or free_folder(config))
-        return
+    config: File = None
+    """YAML file whose settings go over the preset's; mfd-fast config prints one."""
+    memory_profile: Optional[int | None] = None
+    """Activation and batch size for a card of 16, 24, 40 or 80 GB."""
+
+
+def settings_of(
+    name: str, config: RunConfig | None = None, start: Start = Start(),
+    out: Path | None = None, resume: str | None = None, **_: Any,
+) -> RunConfig:  # fmt: skip
+    """The preset, then the card's profile, the file or the run that goes on, and the method."""
+    base = preset(name)
+    if start.memory_profile is not None:
+        base = with_memory(base, start.memory_profile)
+    saved = None if resume is None else saved_settings(resumed_run(out, resume)[0], name)
+    if path := start.config or saved:
+        base = with_file(base, path)
+    if config is not None and config.distill.objective != preset(name).distill.objective:
+        distill = to_dict(base.distill) | {"objective": config.distill.objective}
+        base = replace(base, distill=from_dict(type(base.distill), distill, "distill."))
+    return base
+
+
+of_preset = command(noun="PRESET", names=SENTENCES, base=settings_of)
+
+
+@of_preset
+def distill(
+    config: Annotated[RunConfig, Config],
+    *,
+    start: Annotated[Start, Config] = Start(),
+    out: File = None,
+    resume: Annotated[str | None, words("CHECKPOINT")] = None,
+    dry_run: Switch = False,
+) -> None:
+    """Distil a preset's teacher; leaves a run folder, or continues the run in one.
+
+    Example: mfd-fast distill digits --out runs/first --distill.student-optim.lr 1e-4
+
+    Args:
+        out: Folder to make; runs/PRESET-OBJECTIVE-1 or the next number if left out.
+        resume: Continue the run in --out, or in the run or from the checkpoint named here.
+        dry_run: Check everything a run needs, print plan and estimate, write nothing.
+    """
+    if resume is not None:
+        out, resume = resumed_run(out, resume)
+    if dry_run:
+        return check(config, out or free_folder(config))
     from mfd_fast.run.session import run_distillation
 
-    run_distillation(config, out or free_folder(config), resume=own.resume)
+    run_distillation(config, out or free_folder(config), resume=resume)
 
 
-def sample(argv: list[str]) -> None:
-    """Pictures of a run's student."""
-    folder, rest = positional(argv, "sample", "RUN")
-    own, rest = options(rest, out="", num=None, seed=0, prompt=())
-    check_places(rest, "sample", ("--out", "--num", "--seed", "--prompt"))
-    num = count("--num", own.num, "the number of samples", 8)
+@of_preset
+def config(
+    config: Annotated[RunConfig, Config],
+    *,
+    start: Annotated[Start, Config] = Start(),
+) -> None:
+    """Print a preset with the given settings applied, as YAML that --config reads.
+
+    Example: mfd-fast config digits --distill.guidance 3 > mine.yaml
+    """
+    import yaml
+
+    print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+
+
+def places(name: str, run: Path | None = None, **_: Any) -> Places:
+    """Where the files of a run lie, by its own config."""
+    from mfd_fast.run.folder import CONFIG, RunFolder
+
+    return Places(load_config(RunFolder.open(run) / CONFIG) if run else RunConfig(preset=name))
+
+
+def opened(run: Path, config: Places) -> tuple[Any, Any]:
+    """The run and its task, with files where they lie now."""
     from mfd_fast.models import open_run
 
-    run, task = open_run(folder, lambda config: moved_files(config, rest, "sample"))
-    path = Path(own.out or run / "samples.png")
+    return open_run(run, lambda _: with_absolute_paths(config.located))
+
+
+@command(base=places)
+def sample(
+    run: Run,
+    config: Annotated[Places, Config],
+    *,
+    out: File = None,
+    num: Optional[Count | None] = None,
+    seed: int = 0,
+    prompt: UseAppendAction[tuple[str, ...]] = (),
+) -> None:
+    """Pictures of a run's student.
+
+    Example: mfd-fast sample runs/sana --prompt "a fox in the snow" --out fox.png
+
+    Args:
+        run: Folder of a finished run.
+        out: The PNG; RUN/samples.png if left out.
+        num: Samples; as many as suit the task if left out.
+        seed: Of the noise they start from.
+        prompt: Text of an image; may be given several times.
+    """
+    folder, task = opened(run, config)
+    path = out or folder / "samples.png"
     if path.exists():
         raise ValueError(f"{path} exists; choose another file with --out")
-    task.sample(run, path, num=num, seed=own.seed, prompts=own.prompt)
+    task.sample(folder, path, num=num or 0, seed=seed, prompts=prompt)
     print(path)
 
 
-def evaluate(argv: list[str]) -> None:
-    """Repeat a run's result table, with scores of its images if their models are named."""
-    folder, rest = positional(argv, "evaluate", "RUN")
-    own, rest = options(rest, num_samples=None, scores="", prompts="")
-    check_places(rest, "evaluate", ("--num-samples", "--scores", "--prompts"))
-    num_samples = count("--num-samples", own.num_samples, "the samples of a row", 2000)
-    if own.prompts and not own.scores:
-        raise ValueError("--prompts names the file that --scores reads; type both, or neither")
-    from mfd_fast.models import open_run
+@command(base=places)
+def evaluate(
+    run: Run,
+    config: Annotated[Places, Config],
+    *,
+    num_samples: Optional[Count | None] = None,
+    scores: str = "",
+    prompts: str = "",
+) -> None:
+    """Repeat a run's result table, with scores of its images if their models are named.
 
-    run, task = open_run(folder, lambda config: moved_files(config, rest, "evaluate"))
+    Example: mfd-fast evaluate runs/first --num-samples 1000
+
+    Args:
+        run: Folder of a finished run.
+        num_samples: Samples behind every row; the run's own number if left out.
+        scores: NAME=MODEL[:FILE],... of models that judge images of prompts.
+        prompts: File of the prompts for --scores.
+    """
+    if prompts and not scores:
+        raise ValueError("--prompts names the file that --scores reads; type both, or neither")
+    folder, task = opened(run, config)
     num_samples = num_samples or task.config.num_eval_samples
     for remark in task.remarks(num_samples):
         print(f"mfd-fast evaluate: {remark}", file=sys.stderr)
-    if own.scores:
-        rows = task.evaluate(run, num_samples, score_sources(task.config, own.scores), own.prompts)
+    if scores:
+        rows = task.evaluate(folder, num_samples, score_sources(task.config, scores), prompts)
     else:
-        rows = task.evaluate(run, num_samples)
+        rows = task.evaluate(folder, num_samples)
     print(task.format_table(rows))
+
+
+@command(base=places)
+def export(run: Run, config: Annotated[Places, Config], *, out: Path) -> None:
+    """Write a run's student as a full checkpoint in its teacher's layout: all of it, or nothing.
+
+    Example: mfd-fast export runs/sana --out merged
+
+    Args:
+        run: Folder of a finished run.
+        out: Folder to make.
+    """
+    from mfd_fast.files.whole import written
+
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder with --out")
+    folder, task = opened(run, config)
+    with written(out) as partial:
+        made = task.export(folder, partial).relative_to(partial)
+    print(out / made)
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN [RUN ...]")],
+    *,
+    out: File = None,
+) -> None:
+    """One or several runs, finished or going on, as one HTML file.
+
+    Example: mfd-fast report runs/first runs/second --out compare.html
+
+    Args:
+        runs: Run folders.
+        out: The file; report.html in the first run if left out.
+    """
+    from mfd_fast.run.folder import RunFolder
+    from mfd_fast.run.page import write_report
+
+    if not runs:
+        raise ValueError("expected mfd-fast report RUN [RUN ...] [--out FILE.html]")
+    opened = [RunFolder.open(run) for run in runs]
+    print(write_report(opened, out or opened[0] / "report.html"))
+
+
+def _official_flags() -> Any:
+    """A TypedDict of every flag of the official script, with what it means here."""
+    from mfd_fast.models.sana.compat import PRESET, REFUSED, SPECIAL, TAKEN, WORDS
+    from mfd_fast.run.config import leaves
+
+    kinds = {key: type(value) for key, value in leaves(to_dict(preset(PRESET)))}
+    flags: dict[str, Any] = {
+        flag: Annotated[kinds[keys[0]], arg(help=f"{' and '.join(keys)}.")]
+        for flag, keys in TAKEN.items()
+    }
+    flags |= {flag: Annotated[kind, arg(help=f"{text}.")] for flag, (kind, text) in SPECIAL.items()}
+    for flag, (keys, known, reason) in WORDS.items():
+        text = f"{' and '.join(keys) or reason}."
+        flags[flag] = Annotated[str, words("|".join(known)), arg(help=text)]
+    for flag, reason in REFUSED.items():
+        flags[flag] = Annotated[str, words(""), arg(help=f"Refused: {reason}.")]
+    return TypedDict("OfficialFlags", flags, total=False)
+
+
+@command(noun="FAMILY", names={"sana": "The official script's flags, under their own names."})
+def compat(
+    flags: Annotated[dict, arg(name="", constructor_factory=_official_flags)],
+) -> None:
+    """Run the official SANA command line; a flag that would have no effect is refused.
+
+    Example: mfd-fast compat sana --pretrained_model_name_or_path=MODEL --prompt_dataset=labels.tsv
+    --output_dir=runs/sana
+    """
+    from mfd_fast.models.sana.compat import checkpoint_to_resume, official_config
+
+    config = official_config(flags)
+    if not flags.get("output_dir"):
+        raise ValueError("--output_dir is missing: the run folder to make")
+    out = Path(flags["output_dir"])
+    resume = checkpoint_to_resume(out, flags.get("resume_from_checkpoint", ""))
+    from mfd_fast.run.session import run_distillation
+
+    run_distillation(config, out, resume=resume)
 
 
 def score_sources(config: RunConfig, scores: str) -> dict[str, str]:
@@ -95,15 +287,15 @@ def resumed_run(out: Path | None, wanted: str) -> tuple[Path, str]:
     return folder, "" if is_run else wanted
 
 
-def saved_settings(out: Path, name: str) -> list[str]:
-    """The options that start from the settings of the run in ``out``, if there is one."""
+def saved_settings(out: Path, name: str) -> Path | None:
+    """The file of the settings of the run in ``out``, if there is one."""
     path = out / "config.yaml"
     if not path.is_file():
-        return []
+        return None
     saved = load_config(path).preset
     if saved != name:
         raise ValueError(f"{out} is a run of {saved}; type mfd-fast distill {saved} --out {out}")
-    return ["--config", str(path)]
+    return path
 
 
 def free_folder(config: RunConfig) -> Path:
@@ -112,3 +304,63 @@ def free_folder(config: RunConfig) -> Path:
     while (path := Path(f"runs/{name}-{config.distill.objective}-{number}")).exists():
         number += 1
     return path
+
+
+def check(config: RunConfig, out: Path) -> None:
+    """Check files and folder, build the networks on the meta device, print plan and estimate.
+
+    ``ValueError`` or ``OSError`` as the run itself would raise it.
+    """
+    import torch
+
+    from mfd_fast.baselines.objectives import needs_of
+    from mfd_fast.cost import devices
+    from mfd_fast.cost.estimate import estimate
+    from mfd_fast.cost.measured import efficiency_here
+    from mfd_fast.cost.shapes import shapes_of
+    from mfd_fast.cost.table import text
+    from mfd_fast.run.console import device_of, plan_of, show, trained_of
+    from mfd_fast.run.maker import run_is_captured
+    from mfd_fast.run.resume import check_optimizers
+    from mfd_fast.run.trackers import check_tracker
+
+    check_out(out)
+    check_tracker(config.train.report_to)
+    task = config.task()
+    found = task.check()
+    for remark in task.remarks(config.num_eval_samples):
+        found["note"] = remark
+    scratch = torch.zeros(SCRATCH, device=task.device)
+    check_optimizers(config.distill, dict.fromkeys(needs_of(config.distill).roles, scratch))
+    model = shapes_of(config)
+    rows = {"device": device_of(task.device), **plan_of(config, out, task.device), **found}
+    rows |= {"trained": trained_of(model.backbone), "versions": versions()}
+    show(rows, f"{config.preset}, dry run")
+    is_captured = run_is_captured(config, task.device.type)
+    device, efficiency = efficiency_here(
+        devices.this_machine(), config.preset, is_captured=is_captured
+    )
+    print(text(estimate(config, device, efficiency)))
+    print("\nNothing was written. The same command without --dry-run starts the run.")
+
+
+def check_out(out: Path) -> None:
+    """``ValueError`` if a new run cannot be written there."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds files; choose another folder with --out")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} is no folder that can be written; choose another with --out")
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> str:
+    """Installed versions; what is missing is not named."""
+    found = {name: _version(name) for name in packages}
+    return ", ".join(f"{name} {number}" for name, number in found.items() if number)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

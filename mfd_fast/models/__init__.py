@@ -72,7 +72,7 @@ def _known(name: str) -> RunConfig:
     module, colon, cls = name.partition(":")
     if not colon:
         raise ValueError(
-            f"unknown preset {name!r}; there is {sorted(PRESETS)}{nearest(name, PRESETS)}"
+            f"unknown preset {name!r}; there is {', '.join(PRESETS)}{nearest(name, PRESETS)}"
         )
     try:
         config = getattr(import_module(module), cls)

@@ -167,8 +167,8 @@ def with_memory(config: RunConfig, gigabytes: int) -> RunConfig:
     """The config with the profile of a card; ``ValueError`` lists the profiles."""
     if gigabytes not in MEMORY_PROFILES:
         raise ValueError(
-            f"--memory-profile must be one of {list(MEMORY_PROFILES)} (GB of the card), got "
-            f"{gigabytes}; take the next smaller one"
+            f"--memory-profile must be one of {', '.join(map(str, MEMORY_PROFILES))} (GB of the "
+            f"card), got {gigabytes}; take the next smaller one"
         )
     train = dataclasses.replace(config.train, **MEMORY_PROFILES[gigabytes])
     return dataclasses.replace(config, train=train)

@@ -1,6 +1,7 @@
 """Messages name options of the command that was typed, and the file that is broken."""
 
 import ast
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -8,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from mfd_fast import cli
-from mfd_fast.cli import compat, encode_prompts
-from mfd_fast.cli.options import dotted_keys
-from mfd_fast.cli.spoken import OPTION, WORDS, spoken
+from mfd_fast.cli import OPTION, SPOKEN, spoken
 from mfd_fast.models import PRESETS, preset
-from mfd_fast.run.config import to_dict
+from mfd_fast.models.sana.compat import SPECIAL, TAKEN, spoken_flags
+from mfd_fast.run.config import leaves, to_dict
 
 SOURCE = Path(cli.__file__).parents[1]
 DISTILL = {"--out", "--resume", "--dry-run", "--config", "--objective", "--memory-profile"}
@@ -34,7 +34,7 @@ def of_distill():
     options = set(DISTILL)
     for name in PRESETS:
         config = preset(name)
-        options |= {f"--{key.replace('_', '-')}" for key in dotted_keys(to_dict(config))}
+        options |= {f"--{key.replace('_', '-')}" for key, _ in leaves(to_dict(config))}
         options |= set(config.SHORT)
     return options
 
@@ -68,7 +68,7 @@ def test_every_option_in_a_message_of_the_library_is_one_of_distill():
     known = of_distill() | {option.replace("-no-", "-") for option in of_distill()}
     for path in SOURCE.rglob("*.py"):
         name = str(path.relative_to(SOURCE))
-        if name.startswith("cli/"):
+        if name.startswith("cli/") or name.endswith("compat.py"):
             continue
         for text in strings_of(path):
             if OF_PROGRAMS.search(text):
@@ -78,13 +78,13 @@ def test_every_option_in_a_message_of_the_library_is_one_of_distill():
 
 
 def test_what_a_command_says_in_place_of_an_option_is_its_own():
-    for command, words in WORDS.items():
-        assert words.keys() <= of_distill() | {"--sana.prompts"}, command
-    flags = {f"--{name}" for name in compat._takers(compat.Request())}
-    ours = {word for word in WORDS["compat"].values() if word.startswith("--")}
-    assert ours <= flags
-    own = {f"--{name.replace('_', '-')}" for name in encode_prompts.DEFAULTS}
-    assert {w for w in WORDS["encode-prompts"].values() if w.startswith("--")} <= own
+    words = SPOKEN | {"compat": spoken_flags()}
+    assert all(known.keys() <= of_distill() for known in words.values())
+    flags = {f"--{name}" for name in [*TAKEN, *SPECIAL]}
+    assert {word for word in words["compat"].values() if word.startswith("--")} <= flags
+    own = inspect.signature(cli.command_of("encode-prompts").run).parameters
+    own = {f"--{name.replace('_', '-')}" for name in own}
+    assert {w for w in words["encode-prompts"].values() if w.startswith("--")} <= own
 
 
 def test_a_command_typed_out_in_a_message_stays_as_it_is():

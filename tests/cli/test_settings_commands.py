@@ -1,17 +1,16 @@
-"""config, --config and completion: settings seen, kept in a file, and typed with the tab key."""
-
-import shutil
-import subprocess
+"""config and --config: settings seen, and kept in a file."""
 
 import pytest
 import yaml
 
 from mfd_fast import cli
-from mfd_fast.cli import COMMANDS
-from mfd_fast.cli.completion import bash, fish, settings_of, zsh
-from mfd_fast.cli.options import preset_config
 from mfd_fast.models import PRESETS, preset
 from mfd_fast.run.config import to_dict
+
+
+def preset_config(name, argv, command="distill"):
+    parsed = cli.command_of(command).parse(name, argv, f"mfd-fast {command} {name}")
+    return parsed.keywords["config"]
 
 
 def test_config_prints_what_distill_would_use(capsys):
@@ -65,43 +64,3 @@ def test_a_bad_file_is_one_sentence(text, message, tmp_path, capsys):
 def test_a_file_that_is_not_there(capsys):
     assert cli.main(["config", "digits", "--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
-
-
-BASH_PROBE = """
-COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _mfd_fast; echo "${{COMPREPLY[*]}}"
-"""
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("mfd-fast dis", "distill"),
-        ("mfd-fast distill dig", "digits"),
-        ("mfd-fast distill digits --distill.step", "--distill.step-size"),
-        ("mfd-fast distill digits --sana.rank", ""),
-        ("mfd-fast distill sana-tiny --sana.rank", "--sana.rank"),
-    ],
-)
-def test_bash_completes(words, expected):
-    script = bash() + BASH_PROBE.format(words=words)
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
-
-
-@pytest.mark.parametrize(("shell", "script"), [("zsh", zsh), ("fish", fish)])
-def test_other_shells_accept_their_script(shell, script):
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed: only it can read its own syntax")
-    done = subprocess.run([shell, "-n"], input=script(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_scripts_know_every_command_and_setting():
-    assert all(f" {name} " in bash().replace('"', " ") for name in COMMANDS)
-    assert all(key in bash() for name in PRESETS for key in settings_of(name))
-
-
-def test_a_shell_that_is_not_known(capsys):
-    assert cli.main(["completion", "fsh"]) == 2
-    assert "did you mean 'fish'" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_a_cycle_is_the_sum_of_its_phases_by_torchs_counter():
     predicted = trace_cycle(model, distill, batch)
 
     config = replace(config, train=replace(config.train, device="cpu", batch_size=batch))
-    from mfd_fast.cli.built import built
+    from mfd_fast.cli.cost import built
 
     distiller, next_cond = built(replace(config, distill=distill))
     draw = distiller._draw_table
@@ -250,8 +250,8 @@ def test_the_text_says_by_how_much_a_run_does_not_fit(digits_estimate):
         (["--gpu", "h10"], "unknown GPU 'h10'.*did you mean 'h100'.*--peak-tflops"),
         (["--gpu", "mine", "--peak-tflops", "10"], "unknown GPU 'mine'.*rtx-pro-6000"),
         (["--gpu", "a100", "--memory", "-3"], "must be > 0"),
-        (["--gpus", "0"], "number of GPUs must be >= 1"),
-        (["--batch", "-1"], "train.batch_size must be >= 1"),
+        (["--gpus", "0"], "--gpus must be >= 1"),
+        (["--batch", "-1"], "--batch must be >= 1"),
     ],
 )
 def test_a_wrong_estimate_is_one_sentence(argv, message, capsys):

@@ -13,7 +13,7 @@ from mfd_fast import cli
 from mfd_fast.baselines.distiller import ComparisonDistiller
 from mfd_fast.baselines.objectives import COMPARED, needs_of
 from mfd_fast.baselines.second_time import with_second_time
-from mfd_fast.cli.built import built
+from mfd_fast.cli.cost import built
 from mfd_fast.cost import Trace, trace_cycle
 from mfd_fast.cost.compared import STUDENT_UPDATES, followed_draws, trace_compared
 from mfd_fast.cost.measured import measured_phases
@@ -213,7 +213,10 @@ def test_a_unet_without_a_file_has_the_sizes_of_its_training():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["digits", "--objective", "dmd"], "distill.objective must be one of .*'dmd2'.*got 'dmd'"),
+        (
+            ["digits", "--objective", "dmd"],
+            "one of .*dmd2.*got 'dmd'; did you mean 'dmd2'",
+        ),
         (["sana-tiny", "--objective", "dmd2"], "preset 'sana-tiny' trains adapters: take --obj"),
         (["occfm-tiny", "--objective", "imm"], "preset 'occfm-tiny' does not give: take --obj"),
         (

@@ -232,7 +232,8 @@ def _load_vae(
 def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path) -> None:
     if unknown := [name for name in state if not name.startswith(parts)]:
         raise ValueError(
-            f"expected only {[f'{part}*' for part in parts]} in {path}, got {some(unknown, MAX_NAMED)}"
+            f"expected only {[f'{part}*' for part in parts]} in {path}, got "
+            f"{some(unknown, MAX_NAMED)}"
         )
 
 

@@ -301,7 +301,7 @@ def test_the_command_makes_and_checks_a_store(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["digits"], "only occfm data is prepared here, got 'digits'"),
+        (["digits"], "unknown data 'digits'; there is occfm"),
         (["occfm"], "expected mfd-fast prepare occfm --data DIR --out STORE"),
         (["occfm", "--data", "d", "--out", "o", "--splits", "test"], "got 'test'"),
         (["occfm", "--data", "d", "--out", "o", "--synthetic", "1", "--grid", "8"], "got '8'"),

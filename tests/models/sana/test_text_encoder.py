@@ -297,7 +297,7 @@ def test_bad_lines_and_limits_from_the_command_line(checkpoint, tmp_path, capsys
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        (["--batch", "0"], "--batch and --shard-size must be >= 1"),
+        (["--batch", "0"], "--batch must be >= 1, got 0"),
         (["--dtype", "float16"], "--dtype must be one of"),
         (["--device", "tpu9"], "--device must be auto, cpu, cuda or cuda:N"),
         (["--promt-key", "x"], "unknown option"),
