@@ -22,7 +22,7 @@ from tyro.constructors import (
     StructFieldSpec,
 )
 
-from mfd_fast.distill.config import ObjectiveName
+from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.models import PRESETS
 from mfd_fast.run.config import RunConfig, leaves, nearest, to_dict, with_settings
 from mfd_fast.settings import Settings, check_range, ranges

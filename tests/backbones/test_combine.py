@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 from small_networks import SAMPLE_SHAPE, TEXT, WIDTH, ImageNetwork, draw_adapter
 
 from mfd_fast import (
@@ -15,7 +16,6 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.lanes import TEACHER, TEACHER_UNCOND, guided_lanes
 from mfd_fast.baselines.batch import Fields
-from mfd_fast.distill.graphs import RecordedGraph
 
 from numerics import assert_as_accurate
 

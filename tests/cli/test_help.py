@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 
 from mfd_fast import __version__, cli
+from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.cli import COMMANDS, command_of
 from mfd_fast.cli.parse import OF_METHODS, complaint
-from mfd_fast.distill.config import ObjectiveName
 from mfd_fast.models import PRESETS
 from mfd_fast.run.config import leaves, to_dict
 

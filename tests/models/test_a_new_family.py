@@ -71,7 +71,7 @@ def test_what_a_family_does_not_do_is_said(folder, capsys):
     assert f"{NAME} draws no samples; its student is" in errors
     assert "is a full checkpoint already; copy it" in errors
     assert distill("--objective", "meanflow", "--out", "other") == 2
-    assert "needs samples of the data" in capsys.readouterr().err
+    assert "must be one of mfd, vsd, got 'meanflow'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
