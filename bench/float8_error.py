@@ -20,9 +20,9 @@ from bench.record import header, write
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.float8 import MIN_OUTPUTS, MIN_SIDE, use_float8
-from mfd_fast.distill.float8_error import velocity_error
 from mfd_fast.models import preset
 from mfd_fast.models.digits.task import DigitsTask
+from mfd_fast.run.float8_error import velocity_error
 
 SAMPLES = 8  # of digits; of SANA one
 

@@ -1,4 +1,4 @@
-"""What a forward with gradient keeps for its backward: everything, the dear part, or block inputs.
+"""What a forward with gradient keeps for its backward: all, the expensive part, or block inputs.
 
     none     everything autograd asks for
     cheap    results of large matrix products, convolutions and attention; norms, activations,
@@ -122,7 +122,7 @@ def _block_contexts(recompute_context: Callable) -> tuple:
 
 
 def _cheap_contexts(recompute_context: Callable) -> tuple:
-    keep, reuse = create_selective_checkpoint_contexts(_keep_if_dear)
+    keep, reuse = create_selective_checkpoint_contexts(_keep_if_expensive)
     return keep, _Both(recompute_context(), reuse)
 
 
@@ -141,10 +141,10 @@ class _Both:
         return self.stack.__exit__(*exc)
 
 
-def _keep_if_dear(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep_if_expensive(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.overloadpacket.__name__
-    is_dear = name in ATTENTION or _product_length(name, args) > MIN_KEPT_LENGTH
-    return CheckpointPolicy.MUST_SAVE if is_dear else CheckpointPolicy.PREFER_RECOMPUTE
+    is_expensive = name in ATTENTION or _product_length(name, args) > MIN_KEPT_LENGTH
+    return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _product_length(name: str, args: tuple) -> int:

@@ -181,7 +181,7 @@ class AdapterBank(nn.Module):
         if uncalled := self._uncalled[torch.is_grad_enabled()]:
             names = [self.targets[index].name for index in sorted(uncalled)]
             raise ValueError(
-                f"the network did not call {some(names)}, so adapters there would be trained in "
+                f"the network did not call {some(names, 8)}, so adapters there would be trained in "
                 "vain: leave out of targets what it does not use or uses by its weight alone "
                 "(out_proj of nn.MultiheadAttention, F.linear); make the bank of a compiled "
                 "network before its first call"
@@ -358,7 +358,7 @@ def _targets_of(network: nn.Module, patterns: Patterns) -> list[Target]:
     if unmatched or not found:
         there = find_modules(network, ".*")[0].items()
         layers = [name for name, module in there if isinstance(module, nn.Linear | nn.Conv2d)]
-        raise ValueError(f"targets {unmatched} match nothing; the network has {some(layers)}")
+        raise ValueError(f"targets {unmatched} match nothing; the network has {some(layers, 8)}")
     targets = [Target.of(name, module) for name, module in found.items()]
     kinds = {(target.module.weight.dtype, target.module.weight.device) for target in targets}
     if len(kinds) != 1 or not next(iter(kinds))[0].is_floating_point:

@@ -91,13 +91,13 @@ class Float8Products(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear``, in e4m3 if it pays."""
-        if not self._pays(input, weight):
+        if not self._is_worth_it(input, weight):
             return F.linear(input, weight, bias)
         rows = Rows(*quantize_rows(input.reshape(-1, input.shape[-1]).contiguous()))
         y = product(rows, self._copy_of(weight), bias, input.dtype)
         return y.unflatten(0, input.shape[:-1])
 
-    def _pays(self, x: Tensor, weight: Tensor) -> bool:
+    def _is_worth_it(self, x: Tensor, weight: Tensor) -> bool:
         outputs, terms = weight.shape
         return (
             x.ndim > 2

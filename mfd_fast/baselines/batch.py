@@ -20,10 +20,10 @@ from mfd_fast.backbones.lanes import (
 )
 from mfd_fast.baselines.config import ComparisonConfig
 from mfd_fast.distill.config import DistillConfig
-from mfd_fast.distill.objectives import Metrics
+from mfd_fast.distill.objectives import Metrics, time_pairs, times
 from mfd_fast.flow.integrate import generate, integrate
 from mfd_fast.flow.solvers import plan, to_device
-from mfd_fast.flow.times import on_grid, sample_time_pairs, sample_times, uniform_schedule
+from mfd_fast.flow.times import on_grid, uniform_schedule
 
 Features = Callable[[Tensor], Tensor]  # samples [B, *S] -> [B, D]
 
@@ -104,27 +104,13 @@ class Batch:
 
     def times(self, config: DistillConfig) -> Tensor:
         """t ``[B]`` by the config's distribution, on the device."""
-        t = sample_times(
-            self.size,
-            config.time_distribution,
-            mean=config.time_mean,
-            std=config.time_std,
-            generator=self.host,
-        )
-        return to_device(on_grid(t, config.grid), self.device)
+        return to_device(on_grid(times(self.size, config, self.host), config.grid), self.device)
 
     def time_pairs(
         self, config: DistillConfig, *, equal_fraction: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """t >= s, each ``[B]``, by the config's distribution, on the device."""
-        pairs = sample_time_pairs(
-            self.size,
-            config.time_distribution,
-            mean=config.time_mean,
-            std=config.time_std,
-            equal_fraction=equal_fraction,
-            generator=self.host,
-        )
+        pairs = time_pairs(self.size, config, self.host, equal_fraction)
         t, s = (to_device(on_grid(time, config.grid), self.device) for time in pairs)
         return t, s
 

@@ -163,17 +163,11 @@ def encode_prompts(
     from mfd_fast.models.sana.text.encoder import load_sana_text_encoder
     from mfd_fast.models.sana.text.prompts import open_prompts
 
-    where = _device(device)
-    source = open_prompts(
-        prompts, key=prompt_key or None, skip_bad=skip_bad, max_prompts=max_prompts
-    )
-    encoder = load_sana_text_encoder(
-        checkpoint,
-        revision=revision or None,
-        variant=variant or None,
-        dtype=getattr(torch, dtype),
-        device=where,
-    )
+    kind = {"dtype": getattr(torch, dtype), "device": _device(device)}
+    taken = {"key": prompt_key or None, "skip_bad": skip_bad, "max_prompts": max_prompts}
+    source = open_prompts(prompts, **taken)
+    of_hub = {"revision": revision or None, "variant": variant or None}
+    encoder = load_sana_text_encoder(checkpoint, **of_hub, **kind)
     _write_texts(out, source, encoder, batch=batch, shard_size=shard_size)
 
 

@@ -25,7 +25,7 @@ from mfd_fast.backbones.lanes import FixedRows, batch_size, in_parts
 from mfd_fast.backbones.networks import evaluating
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.graphs import CapturedStep, CudaGraph, Graph
+from mfd_fast.distill.graphs import CapturedStep, CudaGraph
 from mfd_fast.distill.objectives import OBJECTIVES
 from mfd_fast.distill.optim import is_capturable
 from mfd_fast.flow.integrate import Trajectories
@@ -83,7 +83,7 @@ class CapturedDistiller(Distiller):
     def __init__(
         self,
         *args: Any,
-        graph: type[Graph] = CudaGraph,
+        graph: type[CudaGraph] = CudaGraph,
         may_fall_back: bool = False,
         **kwargs: Any,
     ):
@@ -283,7 +283,7 @@ class CapturedDistiller(Distiller):
         self,
         static: _Static,
         key: Any,
-        graph: Callable[[], Graph],
+        graph: Callable[[], CudaGraph],
         function: Callable,
         after: Any = None,
     ) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ tensors, random numbers from a registered generator, non-finite steps skipped by
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -33,37 +33,13 @@ FORBIDDEN = {
 }
 
 
-class Graph(Protocol):
-    """A sequence of device work that can run again on the same memory.
-
-    Made from the generators used inside and a pool.  Graphs of one pool share memory: what one
-    allocates and nobody holds any more, those captured later may use.
-    """
-
-    runs_while_capturing: bool
-
-    def __init__(self, generators: Sequence[Generator] = (), pool: Any = None): ...
-
-    @staticmethod
-    def new_pool() -> Any:
-        """Memory for graphs that never run at the same time."""
-        ...
-
-    def capture(self, function: Callable[[], Any]) -> Any:
-        """Record what ``function`` does and return what it returned."""
-        ...
-
-    def replay(self) -> None:
-        """Do it again; results appear in the tensors that ``capture`` returned."""
-        ...
-
-
 class CudaGraph:
-    """``torch.cuda.CUDAGraph`` with the generators whose state advances on every replay.
+    """A sequence of device work that can run again on the same memory: ``torch.cuda.CUDAGraph``.
 
     Args:
-        generators: CUDA generators used inside.
-        pool: of :meth:`new_pool`; a private one if None.
+        generators: CUDA generators used inside, whose state advances on every replay.
+        pool: of :meth:`new_pool`; a private one if None.  Graphs of one pool share memory: what one
+            allocates and nobody holds any more, those captured later may use.
     """
 
     runs_while_capturing = False
@@ -78,9 +54,11 @@ class CudaGraph:
 
     @staticmethod
     def new_pool() -> Any:
+        """Memory for graphs that never run at the same time."""
         return torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], Any]) -> Any:
+        """Record what ``function`` does and return what it returned."""
         # Only this thread's calls can spoil the capture: another one may be writing a checkpoint.
         with torch.cuda.graph(
             self.graph,
@@ -91,6 +69,7 @@ class CudaGraph:
             return function()
 
     def replay(self) -> None:
+        """Do it again; results appear in the tensors that ``capture`` returned."""
         self.graph.replay()
 
 
@@ -114,13 +93,13 @@ class CapturedStep:
         self,
         function: Callable[..., Any],
         *,
-        graph: Callable[[], Graph],
+        graph: Callable[[], CudaGraph],
         after: "CapturedStep | None" = None,
     ):
         self.after = after
         self.function = function
         self.make_graph = graph
-        self.graph: Graph | None = None
+        self.graph: CudaGraph | None = None
         self.refusal = ""
         self.calls = 0
         self._inputs: list[Tensor] | None = None

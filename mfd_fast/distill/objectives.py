@@ -4,6 +4,8 @@ mfd    mean velocities over random intervals (Mean Flow Distillation, Eq. 15-20)
 vsd    instantaneous velocities: the limit r = t (variational score distillation)
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -84,16 +86,8 @@ class MeanFlowDistillation(IntervalObjective):
     def draw(self, batch: int, generator: Generator) -> SolverTable:
         """Pairs are independent of the samples, so they are sorted, never the samples."""
         config = self.config
-        t, r = sample_time_pairs(
-            batch,
-            config.time_distribution,
-            mean=config.time_mean,
-            std=config.time_std,
-            equal_fraction=config.equal_fraction,
-            min_interval=config.min_interval,
-            max_interval=config.max_interval,
-            generator=generator,
-        )
+        limits = {"min_interval": config.min_interval, "max_interval": config.max_interval}
+        t, r = time_pairs(batch, config, generator, config.equal_fraction, **limits)
         table = plan(
             t, r, step_size=config.step_size, solver=config.solver, grid=config.grid or None
         )
@@ -111,14 +105,7 @@ class VariationalScoreDistillation(IntervalObjective):
     """
 
     def draw(self, batch: int, generator: Generator) -> SolverTable:
-        config = self.config
-        t = sample_times(
-            batch,
-            config.time_distribution,
-            mean=config.time_mean,
-            std=config.time_std,
-            generator=generator,
-        )
+        config, t = self.config, times(batch, self.config, generator)
         return plan(t, t, step_size=config.step_size, grid=config.grid or None)
 
     def weight(self, t: Tensor) -> Tensor | None:
@@ -138,13 +125,22 @@ def make_objective(config: DistillConfig) -> IntervalObjective:
     return OBJECTIVES[config.objective](config)
 
 
+def times(batch: int, config: DistillConfig, generator: Generator) -> Tensor:
+    """t ``[batch]`` by the config's distribution."""
+    shape = {"mean": config.time_mean, "std": config.time_std}
+    return sample_times(batch, config.time_distribution, generator=generator, **shape)
+
+
+def time_pairs(
+    batch: int, config: DistillConfig, generator: Generator, equal_fraction: float, **limits: Any
+) -> tuple[Tensor, Tensor]:
+    """t >= r, each ``[batch]``, by the config's distribution (``flow.times.sample_time_pairs``)."""
+    limits |= {"mean": config.time_mean, "std": config.time_std, "equal_fraction": equal_fraction}
+    return sample_time_pairs(batch, config.time_distribution, generator=generator, **limits)
+
+
 def aux_times(batch: int, config: DistillConfig, generator: Generator) -> Tensor:
     """Times ``[batch]`` of the auxiliary's flow matching, on the config's grid."""
-    t = sample_times(
-        batch,
-        config.aux_time_distribution,
-        mean=config.aux_time_mean,
-        std=config.aux_time_std,
-        generator=generator,
-    )
+    shape = {"mean": config.aux_time_mean, "std": config.aux_time_std}
+    t = sample_times(batch, config.aux_time_distribution, generator=generator, **shape)
     return on_grid(t, config.grid)

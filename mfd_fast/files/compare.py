@@ -4,14 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def some(names: Sequence[str], limit: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 4) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{names[:limit]}{more}"
 
 
 def differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], *, unknown: str = "unexpected", limit: int
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    unknown: str = "unexpected",
+    limit: int = 4,
 ) -> str:
     """What is missing, ``unknown`` or of another shape, in words; nothing if all are alike.
 

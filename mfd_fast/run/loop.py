@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.ranks import Ranks, Vote
+from mfd_fast.distill.ranks import Ranks
 from mfd_fast.run.checkpoint import Counts
 from mfd_fast.run.checkpoint_writer import Checkpointer
 from mfd_fast.run.config import TrainConfig
+from mfd_fast.run.launch import Vote
 from mfd_fast.run.monitors import Monitors, check_skips
 from mfd_fast.run.stop import Stopped, StopSignal
 

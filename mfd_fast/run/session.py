@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 from mfd_fast.backbones.float8 import use_float8
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.float8_error import described
 from mfd_fast.distill.phases import BetweenRows
-from mfd_fast.distill.ranks import Ranks, launched_ranks, num_restarts, shard_copies
+from mfd_fast.distill.ranks import Ranks
 from mfd_fast.files.whole import clean, staged
 from mfd_fast.run.checkpoint import Counts, read
 from mfd_fast.run.checkpoint_writer import Checkpointer
 from mfd_fast.run.config import RunConfig, to_dict, with_absolute_paths
 from mfd_fast.run.console import device_of, plan_of, show, trained_of
 from mfd_fast.run.environment import environment, peak_memory, peak_memory_counts
+from mfd_fast.run.float8_error import float8_summary
 from mfd_fast.run.folder import CHECKPOINTS, RESULTS, STUDENT, RunFolder
+from mfd_fast.run.launch import launched_ranks, num_restarts, shard_copies
 from mfd_fast.run.loop import Progress, train
 from mfd_fast.run.maker import make_distiller
 from mfd_fast.run.resume import (
@@ -79,7 +80,9 @@ class _Session:
         self.next_cond = self.task.conditions()
         self.distiller = distiller_of(self.task, config, ranks)
         check_optimizers(config.distill, self._largest())
-        self.float8 = described(self.distiller, self.next_cond(0)) if config.train.float8 else ""
+        self.float8 = ""
+        if config.train.float8:
+            self.float8 = float8_summary(self.distiller, self.next_cond(0))
         self.progress = Progress(self.distiller)
         self.header = header(config, self.distiller.backbone, ranks, self.task.data())
         self.resumed: Path | None = None

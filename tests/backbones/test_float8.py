@@ -17,8 +17,8 @@ from mfd_fast.backbones.float8 import (
 )
 from mfd_fast.backbones.lanes import TEACHER, CopiedBackbone
 from mfd_fast.cost.trace import Trace
-from mfd_fast.distill.float8_error import described, velocity_error
 from mfd_fast.ops import quantize_rows
+from mfd_fast.run.float8_error import float8_summary, velocity_error
 
 from numerics import assert_as_accurate
 
@@ -150,7 +150,7 @@ def test_the_error_of_an_integrated_linear_velocity_stays_within_its_bound():
 def test_the_sentence_of_a_start_costs_two_evaluations():
     distiller, calls = linear_distiller(), []
     distiller.backbone.network.register_forward_hook(lambda *_: calls.append(1))
-    assert "of the velocity at the noise, the first step: teacher" in described(
+    assert "of the velocity at the noise, the first step: teacher" in float8_summary(
         distiller, torch.zeros(1, 1)
     )
     assert len(calls) == 2

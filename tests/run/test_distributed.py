@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from small_runs import assert_same, make_backbone, make_distiller, run
 
 from mfd_fast import CapturedDistiller, DistillConfig, Distiller
-from mfd_fast.distill.ranks import FlatGradients, Ranks, ranks_of, shard_copies
+from mfd_fast.distill.ranks import FlatGradients, Ranks, ranks_of
 from mfd_fast.flow.solvers import plan
 from mfd_fast.run.checkpoint import checkpoints_in, read
+from mfd_fast.run.launch import shard_copies
 
 from numerics import assert_as_accurate
 

@@ -15,9 +15,10 @@ from small_runs import make_backbone, make_distiller, next_cond, run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.ranks import Vote, launched_ranks, num_restarts, ranks_of, shard_copies
+from mfd_fast.distill.ranks import ranks_of
 from mfd_fast.distill.trained import TRAINED
 from mfd_fast.run.checkpoint import checkpoints_in
+from mfd_fast.run.launch import Vote, launched_ranks, num_restarts, shard_copies
 
 UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
 ELASTIC = {"updates": 4, "checkpoint_every": 1}  # a checkpoint adds up over ranks: to rounding

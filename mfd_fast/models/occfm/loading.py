@@ -196,13 +196,11 @@ def _plain_names(state: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"expected the tensors of a network in {path}, got {type(state).__name__}")
     state = {name: value for name, value in state.items() if name != "n_averaged"}
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"expected only tensors in {path}, got others: {some(strange, MAX_NAMED)}")
+        raise ValueError(f"expected only tensors in {path}, got others: {some(strange)}")
     if all(name.startswith(WRAPPER) for name in state):
         return {name.removeprefix(WRAPPER): value for name, value in state.items()}
     if wrapped := [name for name in state if name.startswith(WRAPPER)]:
-        raise ValueError(
-            f"{path}: {WRAPPER} is before some names and not others: {some(wrapped, MAX_NAMED)}"
-        )
+        raise ValueError(f"{path}: {WRAPPER} is before some names and not others: {some(wrapped)}")
     return state
 
 
@@ -232,8 +230,7 @@ def _load_vae(
 def _check_names(state: Mapping[str, Tensor], parts: tuple[str, ...], path: Path) -> None:
     if unknown := [name for name in state if not name.startswith(parts)]:
         raise ValueError(
-            f"expected only {[f'{part}*' for part in parts]} in {path}, got "
-            f"{some(unknown, MAX_NAMED)}"
+            f"expected only {[f'{part}*' for part in parts]} in {path}, got {some(unknown)}"
         )
 
 
@@ -243,7 +240,7 @@ def _filled(cls: type[Network], config: Any, tensors: Mapping[str, Tensor], path
         wanted = outline(lambda: cls(config), len(tensors)).state_dict()
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} and its config do not belong together: {error}") from error
-    faults = differences(tensors, wanted, limit=MAX_NAMED), _of_another_kind(tensors, wanted)
+    faults = differences(tensors, wanted), _of_another_kind(tensors, wanted)
     if listed := "; ".join(filter(None, faults)):
         raise ValueError(
             f"the tensors in {path} are not those of {cls.__name__}: {listed}. Check "
@@ -260,7 +257,7 @@ def _of_another_kind(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
         for name in sorted(wanted.keys() & tensors.keys())
         if tensors[name].is_floating_point() != wanted[name].is_floating_point()
     ]
-    return f"of another kind: {some(kinds, MAX_NAMED)}" if kinds else ""
+    return f"of another kind: {some(kinds)}" if kinds else ""
 
 
 def _check_tables(vae: OccupancyVae, path: Path, repair: bool) -> None:

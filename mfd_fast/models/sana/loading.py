@@ -27,7 +27,6 @@ SUBFOLDER = "transformer"
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-MAX_NAMED = 4  # tensors named in an error
 
 
 def load_sana_transformer(
@@ -260,7 +259,7 @@ def check_complete(files: list[Path]) -> None:
 def _check_tensors(network: SanaNetwork, found: dict[str, list[int]], folder: Path) -> None:
     """Compare names and shapes before anything is read; ``ValueError`` names what differs."""
     wanted = network.state_dict()
-    if listed := differences(found, wanted, unknown="not of this network", limit=MAX_NAMED):
+    if listed := differences(found, wanted, unknown="not of this network"):
         raise ValueError(
             f"the tensors in {folder} do not fit its {CONFIG}: {listed}. Copy both again"
         )

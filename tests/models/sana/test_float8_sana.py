@@ -14,10 +14,10 @@ from mfd_fast.backbones import float8
 from mfd_fast.backbones.float8 import use_float8
 from mfd_fast.backbones.lanes import AUX, STUDENT, TEACHER, TEACHER_UNCOND
 from mfd_fast.distill.captured import CapturedDistiller
-from mfd_fast.distill.float8_error import velocity_error, without_float8
 from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.ops import reference
 from mfd_fast.run.config import TrainConfig
+from mfd_fast.run.float8_error import velocity_error, without_float8
 
 TRIPLE = (TEACHER, TEACHER_UNCOND, AUX)
 SMALL = {"min_side": 1, "min_outputs": 16}  # every product of a small network pays

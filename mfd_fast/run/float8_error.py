@@ -74,7 +74,7 @@ def velocity_error(distiller: Distiller, cond: Any, *, r: float = 0.0) -> dict[s
     return dict(zip(("teacher", "auxiliary"), errors.tolist(), strict=True))
 
 
-def described(distiller: Distiller, cond: Any) -> str:
+def float8_summary(distiller: Distiller, cond: Any) -> str:
     """:func:`velocity_error` of the first solver step in words, of the samples of cond that a step
     evaluates at once: two evaluations of the network, not two trajectories.
     """

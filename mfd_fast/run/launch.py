@@ -1,0 +1,110 @@
+"""The ranks that torchrun starts: joining them, spreading a model over them, and their votes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mfd_fast.backbones.lanes import ROLES, Backbone, CopiedBackbone
+from mfd_fast.distill.ranks import Ranks, is_launched
+
+
+@contextmanager
+def launched_ranks(device: str, *, is_sharded: bool = False) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, for the length of the block; alone without torchrun.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; NCCL on a GPU, one per local rank, else gloo.
+    """
+    if not is_launched():
+        if is_sharded:
+            raise ValueError(
+                "train.shard fsdp spreads a model over ranks, but torchrun did not start this "
+                "process; type torchrun --nproc-per-node N -m mfd_fast distill ..."
+            )
+        yield Ranks()
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun may keep one store over restarts: addresses of dead ranks must not be found in it.
+    store = dist.PrefixStore(f"start-{num_restarts()}", store)
+    joining: dict[str, Any] = {"store": store, "rank": rank, "world_size": world}
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", index), **joining)
+    else:
+        dist.init_process_group("gloo", **joining)
+    ranks = Ranks(rank, world, None, is_sharded)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        object.__setattr__(ranks, "control", control)
+        yield ranks
+        dist.barrier(control)  # who leaves first would close the connections of the others
+    finally:
+        # The group's threads must end now: at the interpreter's exit they would abort the process.
+        control = None
+        object.__setattr__(ranks, "control", None)
+        dist.destroy_process_group()
+
+
+def num_restarts() -> int:
+    """How often torchrun started this group of ranks again after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def shard_copies(backbone: Backbone) -> None:
+    """Spread the three networks of a ``CopiedBackbone`` over the ranks (FSDP2).
+
+    Every element of an ``nn.ModuleList`` is gathered and freed on its own; the rest of a network is
+    one more group.  ``ValueError`` for a backbone that shares a network: adapters are small.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to load
+    from torch.distributed.fsdp import fully_shard
+
+    if not isinstance(backbone, CopiedBackbone):
+        raise ValueError(
+            "train.shard fsdp needs full copies of the network (CopiedBackbone); this backbone is "
+            f"a {type(backbone).__name__}: use train.shard none"
+        )
+    mesh = init_device_mesh(backbone.device.type, (dist.get_world_size(),))
+    for role in ROLES:
+        network = getattr(backbone, role)
+        for module in list(network.modules()):
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+
+
+class Vote:
+    """The largest of a host number over ranks, known one call later, so that nobody waits for it.
+
+    Every rank sees the same answer at the same call: that is how all of them stop at one update.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._work: Any = None
+        self._sent = torch.zeros(1, dtype=torch.int64)
+
+    def __call__(self, value: int) -> int:
+        if self.ranks.world == 1:
+            return value
+        result = self.result()
+        self._sent = torch.tensor([value])
+        self._work = dist.all_reduce(
+            self._sent, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True
+        )
+        return result
+
+    def result(self) -> int:
+        """What the last call's vote gave; 0 before the first."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return int(self._sent[0])
