@@ -6,21 +6,19 @@ The paper gives no recipe (D.1); the defaults are close to what flow matching is
 CIFAR-10: uniform times, batch 128, learning rate 2e-4 after a warm-up, flips, averaged weights.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mfd_fast.files.whole import write_text
 from mfd_fast.flow.solvers import to_device
 from mfd_fast.flow.times import sample_times
 from mfd_fast.models.cifar10.data import load_cifar10, to_unit_range
 from mfd_fast.models.cifar10.unet import UNet, UNetConfig, save_unet
-from mfd_fast.models.occfm.pretrain import FitConfig, fit
+from mfd_fast.models.fit import FitConfig, fit, make_folder, seeded, write_metrics
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.run.device import pick_device
 from mfd_fast.settings import Count, CountOrOff, Decay, Positive
@@ -44,6 +42,8 @@ class Cifar10Pretrain(FitConfig):
     """Updates over which the learning rate rises linearly."""
     ema_decay: Decay = 0.9999
     """Decay of the average of the weights, which is what is kept."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes cuda if there is one."""
     width: Count = UNetConfig.width
     """Channels of the finest level."""
     blocks: Count = UNetConfig.blocks
@@ -54,15 +54,11 @@ class Cifar10Pretrain(FitConfig):
 
 def pretrain(config: Cifar10Pretrain, out: Path) -> dict[str, Any]:
     """Train the teacher; writes ``teacher.safetensors`` and ``teacher_metrics.json``."""
-    if (out / TEACHER).exists():
-        raise FileExistsError(f"{out} already holds {TEACHER}; choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)  # now: not after hours of training
+    make_folder(out, TEACHER)
     images, _ = load_cifar10(config.data)
     device = pick_device(config.device)
     size = UNetConfig(width=config.width, blocks=config.blocks, dropout=config.dropout)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = UNet(size).to(device)
+    network = seeded(config.seed, lambda: UNet(size)).to(device)
     generator = Generator().manual_seed(config.seed)
 
     def loss(n: int) -> Tensor:
@@ -75,8 +71,7 @@ def pretrain(config: Cifar10Pretrain, out: Path) -> dict[str, Any]:
 
     trained, metrics = fit(network, loss, config)
     save_unet(trained, out / TEACHER, metrics)
-    write_text(out / METRICS, json.dumps(metrics, indent=1) + "\n")
-    return metrics
+    return write_metrics(out / METRICS, metrics)
 
 
 def flipped(images: Tensor, generator: Generator) -> Tensor:

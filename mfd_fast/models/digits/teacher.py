@@ -5,7 +5,6 @@
 writes what ships in ``mfd_fast/models/digits/weights``: two weights files and their metrics.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -15,9 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mfd_fast.files.whole import write_text
 from mfd_fast.flow.times import sample_times
 from mfd_fast.models.digits.classifier import (
     DigitsClassifier,
@@ -28,6 +25,7 @@ from mfd_fast.models.digits.classifier import (
 from mfd_fast.models.digits.data import load_digits
 from mfd_fast.models.digits.dit import DiT, DiTConfig, load_dit, save_dit
 from mfd_fast.models.digits.evaluate import evaluate_digits, teacher_samplers
+from mfd_fast.models.fit import FitConfig, fit, make_folder, seeded, write_metrics
 from mfd_fast.ops import interpolate_with_target
 from mfd_fast.settings import (
     MAX_INT,
@@ -38,18 +36,15 @@ from mfd_fast.settings import (
     Number,
     Positive,
     Range,
-    Seed,
-    Settings,
 )
 
 PACKAGED = Path(__file__).parent / "weights"
 FILES = ("teacher.safetensors", "classifier.safetensors", "metrics.json")
-LOSS_WINDOW = 100  # updates behind one number of the loss history
 SampleCount = Annotated[int, Range(">= 4 (nearest neighbours)", 4, MAX_INT)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Settings):
+class PretrainConfig(FitConfig):
     """Training of the digits teacher and of its classifier.  The defaults made what ships."""
 
     updates: Count = 6000
@@ -63,9 +58,6 @@ class PretrainConfig(Settings):
 
     warmup_updates: CountOrOff = 200
     """Updates over which the teacher's learning rate rises linearly."""
-
-    weight_decay: NotNegative = 0.01
-    """Decoupled weight decay of the teacher."""
 
     ema_decay: Decay = 0.999
     """Decay of the average of the teacher's weights; the average is what is kept."""
@@ -100,11 +92,8 @@ class PretrainConfig(Settings):
     guidance: Number = 2.0
     """Guidance scale at which the teacher is measured."""
 
-    num_samples: Annotated[int, Range(">= 4 (nearest neighbours)", 4, MAX_INT)] = 2000
+    num_samples: SampleCount = 2000
     """Samples in each row of the measurement."""
-
-    seed: Seed = 0
-    """Seeds the initial weights, the batches, the noise and the measurement."""
 
 
 def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
@@ -118,12 +107,7 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
         ImportError: scikit-learn, which brings the digits, is missing.
     """
     out_dir = Path(out_dir)
-    if existing := [name for name in FILES if (out_dir / name).exists()]:
-        raise FileExistsError(
-            f"expected a folder without {', '.join(FILES)}, got {out_dir} with "
-            f"{', '.join(existing)}; give another folder, or move these files away"
-        )
-    out_dir.mkdir(parents=True, exist_ok=True)  # now: not after minutes of training
+    make_folder(out_dir, *FILES)
     images, labels = load_digits()
     start = time.perf_counter()
     classifier, classifier_metrics = train_classifier(
@@ -134,7 +118,7 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
         lr=config.classifier_lr,
         seed=config.seed,
     )
-    teacher, losses = train_teacher(config, images, labels)
+    teacher, fitted = train_teacher(config, images, labels)
     train_seconds = time.perf_counter() - start
     metrics = {
         "config": asdict(config),
@@ -142,58 +126,35 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
         "device": f"cpu, {torch.get_num_threads()} threads",
         "train_seconds": round(train_seconds, 1),
         "classifier": classifier_metrics,
-        "teacher": {
-            "parameters": sum(p.numel() for p in teacher.parameters()),
-            "loss_window": LOSS_WINDOW,
-            "losses": losses,
-        },
+        "teacher": {key: fitted[key] for key in ("parameters", "loss_window", "losses")},
         "evaluation": evaluate_teacher(teacher, classifier, config),
     }
     save_dit(teacher, out_dir / FILES[0], {"config": asdict(config)})
     save_classifier(classifier, out_dir / FILES[1], classifier_metrics)
-    write_text(out_dir / FILES[2], json.dumps(metrics, indent=1) + "\n")
-    return metrics
+    return write_metrics(out_dir / FILES[2], metrics)
 
 
 def train_teacher(
     config: PretrainConfig, images: Tensor, labels: Tensor
-) -> tuple[DiT, list[float]]:
+) -> tuple[DiT, dict[str, Any]]:
     """Train a ``DiT`` by flow matching on images ``[N, 1, 8, 8]`` and labels ``[N]``.
 
     Returns:
-        The averaged network in eval mode, and the mean loss of every ``LOSS_WINDOW`` updates.
+        The EMA weights in eval mode, and what ``fit`` tells.
     """
-    from tqdm import tqdm
-
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        size = DiTConfig(width=config.width, depth=config.depth, heads=config.heads)
-        model = DiT(size)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
+    size = DiTConfig(width=config.width, depth=config.depth, heads=config.heads)
+    model = seeded(config.seed, lambda: DiT(size))
+    return fit(
+        model,
+        lambda n: flow_matching_loss(model, config, images, labels, generator),
+        config,
+        factor=lr_factor,
         betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=True,
+        clip_norm=0,
+        undecayed=(),
+        loss_window=100,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(config, i))
-    losses = torch.zeros(config.updates)
-    progress = tqdm(range(config.updates), desc="teacher", unit="update")
-    for update in progress:
-        loss = flow_matching_loss(model, config, images, labels, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-        losses[update] = loss.detach()
-        if update % LOSS_WINDOW == LOSS_WINDOW - 1:
-            recent = losses[update + 1 - LOSS_WINDOW : update + 1].mean().item()
-            progress.set_postfix(loss=f"{recent:.4f}")
-    history = [window.mean().item() for window in losses.split(LOSS_WINDOW)]
-    return average.module.eval(), history
 
 
 def flow_matching_loss(

@@ -106,7 +106,7 @@ def test_pretrain_writes_three_files_and_overwrites_nothing(tmp_path):
 
     before = (out / FILES[0]).read_bytes()
     with pytest.raises(
-        FileExistsError, match=r"got .* with teacher.safetensors, .* another folder"
+        FileExistsError, match=r"already holds teacher.safetensors, .* another folder"
     ):
         pretrain(config, out)
     assert (out / FILES[0]).read_bytes() == before
