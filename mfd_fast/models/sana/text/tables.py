@@ -56,7 +56,7 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if not path.exists():
-        with _naming(str(path)):
+        with _naming(str(path), "check its name and the connection"):
             found = load_dataset(str(path), split=SPLIT)
         yield str(path), found
     elif any((path / name).is_file() for name in SAVED):
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _naming(name: str, mend: str = "copy it again") -> Iterator[None]:
     """Whatever the libraries say about a broken file becomes a ``ValueError`` that names it."""
     try:
         yield
@@ -90,7 +90,7 @@ def _naming(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the system: the disk is full
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{name} cannot be read as a table ({reason}); copy it again") from None
+        raise ValueError(f"{name} cannot be read as a table ({reason}); {mend}") from None
 
 
 def _checked_column(name: str, rows: Any, column: str | None) -> str:
