@@ -7,6 +7,7 @@ on the same call; a fast evaluation finds what is constant along a trajectory pr
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,13 +15,14 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from counting import Count, Traffic
-from occfm_networks import inputs, reference_velocity, wide
 from torch import Tensor
 
 from bench.harness import Case, measure, verify
 from bench.record import header, write
+from bench.updates.networks import ReferenceOccfm
+from bench.updates.networks import occfm_inputs as inputs
 from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork
+from mfd_fast.testing.counting import Count, Traffic
 
 OP = "occfm_network"
 PUBLISHED = CONFIGS["occfm"]
@@ -39,7 +41,7 @@ def fast(network: OccfmNetwork, x: Tensor, t: Tensor, cond: dict, prepared: dict
 
 
 def reference(network: OccfmNetwork, x: Tensor, t: Tensor, cond: dict, prepared: dict) -> Tensor:
-    return reference_velocity(network, x, t, cond)
+    return ReferenceOccfm(network)(x, t, cond)
 
 
 def train(velocity: Callable, network: OccfmNetwork, x: Tensor, t: Tensor, cond: dict, _: dict):
@@ -69,7 +71,7 @@ def case(name: str, config: OccfmConfig, device: str, is_train: bool) -> Case:
         impls={key: partial(path, network) for key, path in paths.items()},
         inputs=partial(_inputs, network, device),
         bytes_moved=0,  # counted, and not the same for both
-        exact=None if is_train else partial(reference, wide(network)),
+        exact=None if is_train else partial(reference, copy.deepcopy(network).double()),
     )
 
 

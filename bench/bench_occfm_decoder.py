@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from counting import Count, Traffic
 from torch import Tensor
 
 from bench.harness import measure
@@ -20,8 +19,8 @@ from bench.record import header, write
 from mfd_fast.models.occfm.vae.config import VAE_CONFIGS, VaeConfig
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Count, Traffic
+from mfd_fast.testing.numerics import assert_as_accurate
 
 OP = "occfm_decoder"
 CASES = [(1, torch.float32), (1, torch.bfloat16)]  # frames, dtype

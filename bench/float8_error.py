@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import sana_mini
 from bench.record import header, write
+from bench.updates import networks
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.float8 import MIN_OUTPUTS, MIN_SIDE, use_float8
@@ -43,7 +43,7 @@ def digits(device: str) -> tuple[SharedBackbone, Any]:
 
 def sana(device: str) -> tuple[SharedBackbone, Any]:
     """Random weights and a random prompt; the unconditional lane reads zeros."""
-    model = sana_mini.make_model("mini", device, torch.bfloat16)
+    model = networks.make_sana("mini", device, torch.bfloat16)
     cond = {name: torch.randn_like(x) if name == "text" else x for name, x in model.cond(1).items()}
     model.backbone.null_cond = lambda cond: {**cond, "text": torch.zeros_like(cond["text"])}
     return model.backbone, cond

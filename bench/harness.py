@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.record import header, table, write
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 # CUDA: replays that are timed, and the least number of calls in one, so that its launch is shared.
 REPLAYS = 50

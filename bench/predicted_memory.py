@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench import sana_mini
 from bench.record import header, write
+from bench.updates import networks
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost import MetaModel, trace_cycle
 from mfd_fast.cost.estimate import memory_of
@@ -75,8 +75,8 @@ class Case(NamedTuple):
     is_captured: bool = False
 
 
-mini = partial(sana_mini.make_model, "mini", dtype=torch.float32)
-large = partial(sana_mini.make_model, "1.6b", dtype=torch.bfloat16)
+mini = partial(networks.make_sana, "mini", dtype=torch.float32)
+large = partial(networks.make_sana, "1.6b", dtype=torch.bfloat16)
 CASES = {
     "digits": Case(digits, 512),
     "sana-mini": Case(mini, 4),

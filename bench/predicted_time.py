@@ -17,9 +17,9 @@ from statistics import median
 
 import torch
 
-from bench import sana_mini
 from bench.record import header, write
 from bench.step_loops import SANA_SIZES, STEP, working_dtype
+from bench.updates import networks
 from mfd_fast.cost import MetaModel, this_machine, trace_cycle
 from mfd_fast.cost.estimate import cycle_seconds
 from mfd_fast.cost.measured import calibrated
@@ -88,7 +88,7 @@ def make_model(case: Case, device: str) -> MetaModel:
         return MetaModel(task.backbone(), lambda n: torch.zeros(n, dtype=int, device=device))
     dtype = working_dtype("cuda" if torch.cuda.is_available() else "cpu")
     size = SANA_SIZES[case.model]
-    return sana_mini.make_model(size, device, dtype, activation=case.activation, side=case.side)
+    return networks.make_sana(size, device, dtype, activation=case.activation, side=case.side)
 
 
 def measured(case: Case, device: str, repeats: int) -> dict[str, float]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from bench import sana_mini
+from bench.updates import networks
+from bench.updates.networks import ReferenceOccfm, occfm_config, occfm_inputs
 from mfd_fast.backbones.activation import apply_activation_policy
 from mfd_fast.backbones.lanes import Backbone, CopiedBackbone, Lane, Prepared
 from mfd_fast.cost.cycle import INTEGRATE, adapter_share
@@ -220,7 +221,7 @@ def _sana(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, 
     if variant in GENERIC:
         return _diffusers(model, device, batch)
     policy, dtype = VARIANTS[variant].get("activation", "none"), working_dtype(device)
-    ours = sana_mini.make_model(SANA_SIZES[model], device, dtype, activation=policy)
+    ours = networks.make_sana(SANA_SIZES[model], device, dtype, activation=policy)
     return ours.backbone, ours.cond(batch)
 
 
@@ -260,8 +261,6 @@ class Diffusers(nn.Module):
 
 
 def _occfm(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, dict[str, Tensor]]:
-    from occfm_networks import inputs
-
     from mfd_fast.models.occfm import BLOCKS, OccfmNetwork, null_condition
 
     config = occfm_config(model)
@@ -272,31 +271,5 @@ def _occfm(model: str, variant: str, device: str, batch: int) -> tuple[Backbone,
     backbone = CopiedBackbone(network, sample_shape=config.sample_shape, null_cond=null_condition)
     policy = VARIANTS[variant].get("activation", "none")
     apply_activation_policy(backbone.student, policy, BLOCKS)
-    cond = {name: value.to(device) for name, value in inputs(batch, config)[2].items()}
+    cond = {name: value.to(device) for name, value in occfm_inputs(batch, config)[2].items()}
     return backbone, cond
-
-
-def occfm_config(model: str) -> Any:
-    """Sizes of one of ``OCCFM_SIZES``."""
-    from mfd_fast.models.occfm import CONFIGS
-
-    if model == "occfm-mini":
-        return replace(CONFIGS["occfm"], grid=20)
-    return CONFIGS[model.removeprefix("occfm-")]
-
-
-class ReferenceOccfm(nn.Module):
-    """The network as it is specified, as ``network(x, t, cond)``; shares its parameters."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        from occfm_networks import reference_velocity
-
-        return reference_velocity(self.network, x, t, cond)

@@ -6,7 +6,7 @@
 #   scripts/gpu_check.sh OUT STAGE...  these only
 #
 # Everything goes straight into OUT, at most eight files: log.txt, and what each stage measured, in
-# the form that `python scripts/gpu_results.py OUT bench/results` turns into files to commit.
+# the form that `python -m scripts.gpu_results OUT bench/results` turns into files to commit.
 #
 # PYTHON       a Python with torch >= 2.11, triton, numpy, safetensors, pytest, cmake and ninja
 #              (default: python3); with pytest-xdist the tests are run in parallel, with diffusers,
@@ -129,13 +129,13 @@ stage_operators() {
 }
 
 stage_memcheck() {  # without torch's cache every tensor has bounds of its own
-  local launch=("$python" scripts/launch_every_kernel.py $on) tool=()
+  local launch=("$python" -m scripts.launch_every_kernel $on) tool=()
   [ "$dry" = 1 ] || tool=(compute-sanitizer --tool memcheck --error-exitcode 9)
   run launch 15 60 "${launch[@]}"  # fills Triton's cache
   run memcheck 45 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" "${launch[@]}"
 }
 
 for stage in "$@"; do "stage_$stage"; done
-"$python" scripts/gpu_results.py "$out" | tee -a "$out/log.txt"
+"$python" -m scripts.gpu_results "$out" | tee -a "$out/log.txt"
 [ "$failed" = 0 ] && say "gpu check: passed" || say "gpu check: failed"
 exit $failed

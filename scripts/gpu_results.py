@@ -1,7 +1,7 @@
 """What scripts/gpu_check.sh left in a folder.
 
-    python scripts/gpu_results.py OUT                  # every row, to read
-    python scripts/gpu_results.py OUT bench/results    # as files to commit
+    python -m scripts.gpu_results OUT                  # every row, to read
+    python -m scripts.gpu_results OUT bench/results    # as files to commit
 
 Files are named after benchmark and device: glu_depthwise_h200.json, step_sana_1_6b_h200.json.  Rows
 of a file that is there already are kept if it is of the same commit, device and settings: that is
@@ -12,8 +12,6 @@ import json
 import re
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.record import table, write
 from bench.suite import case_of, columns_of

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_step, harness, performance, roofline, sana_mini, step_loops, waterfall
+from bench import bench_step, harness, performance, roofline, step_loops, waterfall
+from bench.updates import networks
 from mfd_fast.backbones.lanes import AUX, TEACHER, TEACHER_UNCOND
 from mfd_fast.run.environment import peak_memory, peak_memory_counts
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,9 +40,9 @@ def test_the_small_sanas_are_those_of_the_literal_loop(name):
     pytest.importorskip("diffusers")
     from bench.sana_sizes import SIZES
 
-    size, ours = SIZES[name], sana_mini.CONFIGS[name]
+    size, ours = SIZES[name], networks.SANAS[name]
     assert {key: size.transformer[key] for key in ours} == ours
-    assert size.prompt_tokens == sana_mini.TEXT and size.side == ours["sample_size"]
+    assert size.prompt_tokens == networks.TEXT and size.side == ours["sample_size"]
 
 
 RATES = {"tflops": 1.0, "bf16_tflops": 2.0, "fp32_tflops": 1.0, "gb_s": 100.0, "host_us": 1.0}

@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from bench import predicted_memory, sana_mini
+from bench import predicted_memory
 from bench.predicted_memory import CASES, GPU_CASES, Case, cases_of, measured, predicted
+from bench.updates import networks
 
-TINY = partial(sana_mini.make_model, "tiny", dtype=torch.float32)
+TINY = partial(networks.make_sana, "tiny", dtype=torch.float32)
 
 
 class Allocator:

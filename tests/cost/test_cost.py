@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import torchs_counter
 from small_networks import SAMPLE_SHAPE, ImageNetwork, image_inputs
 from torch import Generator
 
@@ -34,6 +33,7 @@ from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.registry import make_objective
 from mfd_fast.models.presets import preset
 from mfd_fast.models.shapes import meta_model
+from mfd_fast.testing.counting import torchs_counter
 
 
 def operations_of(network, *args):

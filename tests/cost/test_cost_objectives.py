@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from counting import torchs_counter
 
 from mfd_fast import cli
 from mfd_fast.baselines.distiller import ComparisonDistiller
@@ -20,6 +19,7 @@ from mfd_fast.distill.registry import OBJECTIVES, make_objective
 from mfd_fast.models.cifar10.unet import UNet, UNetConfig, save_unet
 from mfd_fast.models.presets import preset
 from mfd_fast.models.shapes import meta_model
+from mfd_fast.testing.counting import torchs_counter
 
 COMPARED = [name for name in OBJECTIVES if name not in ("mfd", "vsd")]
 ALONE = ("cd", "ayf", "meanflow", "imm", "reflow")  # train the student alone

@@ -66,8 +66,8 @@ def test_both_commands_run_on_a_bare_machine(tmp_path, bare):
     files = [path.name for path in out.iterdir()]
     assert len(files) <= MAX_FILES and all(map(NAMES.fullmatch, files))
 
-    script = str(ROOT / "scripts/gpu_results.py")
-    subprocess.run([sys.executable, script, str(out), str(committed)], check=True)
+    command = [sys.executable, "-m", "scripts.gpu_results", str(out), str(committed)]
+    subprocess.run(command, check=True, cwd=ROOT)
     names = {f"{name}_cpu.json" for name in (*operators, "step_sana_tiny", "profile_digits")}
     assert {path.name for path in committed.iterdir()} == names
 
@@ -244,7 +244,6 @@ def test_a_bare_python_lacks_what_this_one_has(bare):
 
 def test_every_operator_is_launched():
     """The script that the sanitizers run, on the CPU; it fails if an operator has no call."""
-    script = ROOT / "scripts/launch_every_kernel.py"
-    command = [sys.executable, str(script), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "scripts.launch_every_kernel", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -140,12 +140,13 @@ def stand_in(mode: OnFakeCuda) -> None:
     )
     import mfd_fast.distill.distiller
     import mfd_fast.models.digits.task
-    from bench import sana_mini, step_loops
+    from bench import step_loops
+    from bench.updates import networks
 
     host_generator = torch.Generator
     mfd_fast.distill.distiller.Generator = lambda *_: host_generator()
     mfd_fast.models.digits.task.pick_device = torch.device
-    sana_mini.CONFIGS["1.6b"] = {"num_layers": SANA_LAYERS}
+    networks.SANAS["1.6b"] = {"num_layers": SANA_LAYERS}
     step_loops.INTERVAL = INTERVAL
     step_loops.CapturedDistiller = partial(step_loops.CapturedDistiller, graph=Call)
 
