@@ -1,1 +1,1 @@
-"""Benchmarks, one file per operator: ``python -m bench.bench_<operator>`` or ``pytest bench``."""
+"""Benchmarks: ``python -m bench [NAME ...]``, or small ones by ``pytest bench``."""

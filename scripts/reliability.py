@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from bench import record
+from bench import results
 from mfd_fast import cli
 from mfd_fast.run import checkpoint
 from mfd_fast.run import session as runner
@@ -318,7 +318,7 @@ def main() -> int:
         new = {(row["preset"], row["check"]): row for row in rows}
         kept = {(row["preset"], row["check"]): row for row in old}
         rows = list((kept | new).values())
-        record.write(RESULTS, record.header("reliability", "cpu", {"settings": SHORT}), rows)
+        results.write(RESULTS, results.header("reliability", "cpu", {"settings": SHORT}), rows)
     if args.render:
         PAGE.write_text(render(PAGE.read_text()))
     return 0

@@ -1,19 +1,16 @@
-"""ReLU linear attention on views of SANA's fused q, k, v, forward and forward + backward.
+"""ReLU linear attention on views of SANA's fused q, k, v, forward and forward + backward."""
 
-python -m bench.bench_linear_attention [--smoke] [--out FILE.json]
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, main
+from bench.harness import Case, Operator
 from mfd_fast.ops import linear_attention
 
-OP = "linear_attention"
 HEADS, WIDTH = 70, 32
 # (name, rows, tokens): SANA 512px has 256 tokens, 1024px 1,024, 2048px 4,096.
 SHAPES = [
@@ -38,52 +35,26 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.flatten(1, 2).transpose(1, 2).to(dtype)
 
 
-def with_backward(forward: Callable[..., Tensor]) -> Callable[..., tuple]:
-    """out and the gradients of q, k and v, with out itself as the gradient of out."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out = forward(q, k, v)
-        return out, *torch.autograd.grad(out, (q, k, v), out.detach())
-
-    return run
-
-
-def _inputs(
-    rows: int, tokens: int, dtype: torch.dtype, device: str, needs_grad: bool
-) -> tuple[Tensor, ...]:
+def inputs(rows: int, tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     fused = torch.randn(rows, tokens, 3 * HEADS * WIDTH, device=device).to(dtype)
-    views = fused.view(rows, tokens, 3, HEADS, WIDTH).unbind(2)
-    return tuple(view.detach().requires_grad_(needs_grad) for view in views)
-
-
-def _case(
-    name: str, rows: int, tokens: int, dtype: torch.dtype, device: str, needs_grad: bool
-) -> Case:
-    compiled = torch.compile(eager, dynamic=False)
-    impls = {"eager": eager, "compile": compiled, "ours": linear_attention}
-    if needs_grad:
-        impls = {key: with_backward(forward) for key, forward in impls.items()}
-    elements = rows * tokens * HEADS * WIDTH
-    return Case(
-        shape=f"{name} + backward" if needs_grad else name,
-        dtype=str(dtype).removeprefix("torch."),
-        impls=impls,
-        inputs=partial(_inputs, rows, tokens, dtype, device, needs_grad),
-        bytes_moved=(11 if needs_grad else 4) * elements * dtype.itemsize,
-        flops=(14 if needs_grad else 4) * elements * WIDTH,
-        exact=with_backward(eager) if needs_grad else eager,
-    )
+    grad = torch.randn(rows, tokens, HEADS * WIDTH, device=device).to(dtype)
+    return *fused.view(rows, tokens, 3, HEADS, WIDTH).unbind(2), grad
 
 
 def cases(device: str, smoke: bool) -> Iterator[Case]:
-    shapes = (
-        SHAPES[:2] if device == "cpu" else SHAPES
-    )  # one eager call of the others takes a second
-    for name, rows, tokens in [("sana-512 x1", 1, 256)] if smoke else shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            for needs_grad in (False, True):
-                yield _case(name, rows, tokens, dtype, device, needs_grad)
+    shapes = SHAPES[:2] if device == "cpu" else SHAPES  # eager's others take a second a call
+    shapes = [("sana-512 x1", 1, 256)] if smoke else shapes
+    dtypes = torch.float32, torch.bfloat16
+    for (name, rows, tokens), dtype, train in product(shapes, dtypes, (False, True)):
+        elements = rows * tokens * HEADS * WIDTH
+        yield Case(
+            name,
+            dtype,
+            partial(inputs, rows, tokens, dtype, device),
+            bytes_moved=(11 if train else 4) * elements * dtype.itemsize,
+            flops=(14 if train else 4) * elements * WIDTH,
+            train=train,
+        )
 
 
-if __name__ == "__main__":
-    raise SystemExit(main(OP, cases))
+OPERATOR = Operator(cases, eager, linear_attention, trained=("q", "k", "v"), suffix=" + backward")

@@ -1,23 +1,21 @@
-"""Renders docs/performance.md and its pictures from the committed result files, and nothing else.
+"""Renders docs/performance.md and its pictures from the committed results, and nothing else."""
 
-python -m bench.performance            # rewrite docs/performance.md and docs/waterfall_*.png
-python -m bench.performance --check    # exit 1 if the page and the results differ
-"""
-
-import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import waterfall
-from bench.report import RESULTS, markdown, read
+from bench.pages import waterfall
+from bench.predict import roofline
+from bench.results import RESULTS, markdown, read, short
+from mfd_fast.run.environment import ROOT
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 PAGE = DOCS / "performance.md"
 
 HEAD = """# Performance
 
-Made by `python -m bench.performance` from `bench/results/*.json`; do not edit. **Nothing here was
+Made by `python -m bench.pages` from `bench/results/*.json`; do not edit. **Nothing here was
 measured on a GPU**: predictions for one say so.
 """
 
@@ -30,8 +28,14 @@ def facts(result: dict) -> str:
     )
 
 
+def made(path: Path, result: dict) -> str:
+    """The command that makes a result, and where it was taken."""
+    name = re.sub(f"(_{short(result['device'])}|_estimate)?.json$", "", path.name)
+    return f"`python -m bench {name} --out bench/results` on {facts(result)}"
+
+
 def waterfalls() -> list[Path]:
-    """The results of ``bench.bench_step``, one a model and device."""
+    """The results of ``bench.updates.step``, one a model and device."""
     return sorted(RESULTS.glob("step_*.json"))
 
 
@@ -39,7 +43,7 @@ def waterfall_section() -> str:
     """Every model's tables and picture."""
     text = [
         "## One switch at a time",
-        "From the literal diffusers + PEFT loop to the whole engine (`bench/bench_step.py`). "
+        "From the literal diffusers + PEFT loop to the whole engine (`bench/updates/step.py`). "
         "Down to `fused` or `captured` every row keeps what the rows above it changed, "
         "except the two that only change the literal loop; the others each start from there. "
         "Milliseconds are the clock's, per sample; ratios are to `literal`, where there is none to "
@@ -52,8 +56,7 @@ def waterfall_section() -> str:
         text += [waterfall.details_table(result), f"![waterfall]({picture_of(path).name})"]
         aux, student = config["cycle"]
         text.append(
-            f"`python -m bench.bench_step --model {config['model']} --out bench/results/"
-            f"{path.name}` on {facts(result)}; interval {config['interval']}, h = "
+            f"{made(path, result)}; interval {config['interval']}, h = "
             f"{config['step']}, {config['repeats']} timed update(s) a row; a cycle is {aux} "
             f"auxiliary and {student} student updates; a large product reaches "
             f"{config['rates']['tflops']} TFLOP/s here."
@@ -80,32 +83,31 @@ def time_section() -> str:
         text += [
             "Seconds of an update at shapes that were not measured for the prediction.",
             markdown(["case", "update", "predicted s", "measured s", "ratio"], rows),
-            f"`python -m bench.predicted_time --out bench/results/{path.name}` on "
-            f"{facts(result)}; predicted from {sources}.",
+            f"{made(path, result)}; predicted from {sources}.",
         ]
     return "\n\n".join(text)
 
 
 def literal_section() -> str:
     """SANA against the literal loop."""
-    result = json.loads((RESULTS / "sana_literal_cpu.json").read_text())
+    path = RESULTS / "sana_literal_cpu.json"
+    result = read(path.name)
     columns = ("update", "impl", "seconds", "seconds_p10", "seconds_p90", "ratio")
     rows = [
         [f"{row[c]:.2f}" if c[0] in "sr" else row[c] for c in columns] for row in result["rows"]
     ]
     return (
-        "## SANA against diffusers + PEFT\n\nThe literal loop (`bench/baseline_eager.py`, official "
-        "settings) and ours with the same weights, prompts and interval.\n\n"
+        "## SANA against diffusers + PEFT\n\nThe literal loop (`bench/updates/literal.py`, "
+        "official settings) and ours with the same weights, prompts and interval.\n\n"
         f"{markdown(['update', 'loop', 's', 'p10', 'p90', 'ratio'], rows)}\n\n"
-        "`python -m bench.bench_sana --out bench/results/sana_literal_cpu.json` on "
-        f"{facts(result)}."
+        f"{made(path, result)}."
     )
 
 
 def occfm_section() -> str:
     """OccFM's fast paths against its reference."""
     parts = ["## OccFM, fast path against reference"]
-    for name, module in (("network", "bench_occfm"), ("decoder", "bench_occfm_decoder")):
+    for name in ("network", "decoder"):
         path = RESULTS / f"occfm_{name}_cpu.json"
         result = json.loads(path.read_text())
         rows = [
@@ -121,7 +123,7 @@ def occfm_section() -> str:
         ]
         parts += [
             markdown([name, "", "ms (p10-p90)", "ratio", "operators", "GB moved"], rows),
-            f"`python -m bench.{module} --out bench/results/{path.name}` on {facts(result)}.",
+            f"{made(path, result)}.",
         ]
     return "\n\n".join(parts)
 
@@ -138,10 +140,7 @@ def roofline_section() -> str:
             for row in result["rows"]
         )
         picture = path.name.replace(".json", ".png")
-        command = (
-            f"python -m bench.roofline --out bench/results/{path.name} --picture docs/{picture}"
-        )
-        parts += [f"{roofs}.", f"![roofline]({picture})", f"`{command}` on {facts(result)}."]
+        parts += [f"{roofs}.", f"![roofline]({picture})", f"{made(path, result)}."]
     return "\n\n".join(parts)
 
 
@@ -155,8 +154,8 @@ def memory_section() -> str:
     ]  # fmt: skip
     head = ["case", "batch", "predicted MB", "RSS growth MB", "ratio"]
     caption = (
-        "`python -m bench.predicted_memory --out bench/results/predicted_memory_cpu.json` on "
-        f"{facts(result)}. Predicted from a trace without storage; measured as the highest RSS of "
+        f"{made(RESULTS / 'predicted_memory_cpu.json', result)}. Predicted from a trace without "
+        "storage; measured as the highest RSS of "
         "a process of its own, above what it had before."
     )
     return f"## Predicted memory\n\n{markdown(head, rows)}\n\n{caption}"
@@ -188,7 +187,7 @@ def table4_section() -> str:
         f"too; the estimate's {mfd['gb']:.1f} GB are the network, two adapters with optimizer "
         "state in float32, and the activations of four student steps."
     )
-    caption = f"`python -m bench.table4 --out bench/results/table4_estimate.json`, {facts(result)}."
+    caption = f"{made(RESULTS / 'table4_estimate.json', result)}."
     parts = ["## Table 4 of the paper", markdown(head, rows), text, caption]
     return "\n\n".join([*parts, published_section(result["rows"])])
 
@@ -227,10 +226,7 @@ def published_section(estimates: list[dict]) -> str:
         "was measured on a GPU."
     )
     head = ["part of the published cycle", "times", "TFLOP", "operators", "s"]
-    caption = (
-        "`python -m bench.published_cost --out bench/results/published_cost.json`, "
-        f"{facts(result)}."
-    )
+    caption = f"{made(RESULTS / 'published_cost.json', result)}."
     return "\n\n".join([markdown(head, rows), text, caption])
 
 
@@ -250,17 +246,12 @@ def render() -> str:
     return "\n\n".join([HEAD.rstrip(), *(section() for section in SECTIONS)]) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    args = parser.parse_args()
-    if args.check:
-        return int(PAGE.read_text() != render())
+def draw() -> None:
+    """The page's pictures."""
     for path in waterfalls():
         waterfall.draw(path, picture_of(path))
-    PAGE.write_text(render())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    for path in RESULTS.glob("roofline_*.json"):
+        result = json.loads(path.read_text())
+        points = list(roofline.operators(result["device"], result["threads"]))
+        picture = DOCS / path.name.replace(".json", ".png")
+        roofline.draw(result["rows"], points, result["device"], picture)

@@ -1,40 +1,13 @@
-"""Renders the README's tables from the committed result files, and nothing else.
+"""Renders the README's tables from the committed result files, and nothing else."""
 
-python -m bench.report            # rewrite README.md between its markers
-python -m bench.report --check    # exit 1 if README.md and the results differ
-"""
-
-import argparse
 import json
 import re
-from pathlib import Path
 
+from bench.results import RESULTS, markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
+from mfd_fast.run.environment import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench/results"
 README = ROOT / "README.md"
-
-
-def read(name: str) -> dict | None:
-    """A committed result file, or None if it is not there."""
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table; every column but the first is right-aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells):
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = (
-        "|" + "-" * (widths[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in widths[1:]) + "|"
-    )
-    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def digits_table() -> str:
@@ -82,7 +55,7 @@ def operator_table() -> str:
             )  # fmt: skip
     head = ["operator, shape, fp32", "eager us", "ours us (p10-p90)", "speed-up", "of copy"]
     caption = (
-        f"`python -m bench.bench_NAME --out bench/results/NAME_cpu.json` on {facts['device']}, "
+        f"`python -m bench NAME --out bench/results` on {facts['device']}, "
         f"{facts['threads']} threads, torch {facts['torch']}."
     )
     return f"{markdown(head, rows)}\n\n{caption}"
@@ -99,19 +72,3 @@ def render(text: str) -> str:
         table = make()
         text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
     return text
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare")
-    args = parser.parse_args()
-    before = README.read_text()
-    after = render(before)
-    if args.check:
-        return int(before != after)
-    README.write_text(after)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

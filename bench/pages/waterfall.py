@@ -1,9 +1,9 @@
-"""A result of ``bench.bench_step`` as tables and as a picture: seconds by phase and variant."""
+"""A result of ``bench.updates.step`` as tables and as a picture: seconds by phase and variant."""
 
 import json
 from pathlib import Path
 
-from bench.report import markdown
+from bench.results import markdown
 
 ROLES = ("aux", "student")
 REFERENCE = ("literal", "sequential")  # what ratios are to: the first of these that was measured
@@ -61,7 +61,12 @@ def parts(row: dict) -> dict[str, float]:
 
 
 def times_table(result: dict) -> str:
-    """Milliseconds a sample of both roles, of the student's parts, and cycles an hour."""
+    """:func:`times` as Markdown."""
+    return markdown(*times(result))
+
+
+def times(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: milliseconds a sample of both roles, the student's parts, cycles an hour."""
     by_variant = variants(result)
     first = reference(by_variant)
     names = [
@@ -79,7 +84,7 @@ def times_table(result: dict) -> str:
         samples = roles["student"]["cycles_per_hour"] * roles["student"]["batch"]
         rows.append([*cells, f"{samples:,.0f}"])
     head = ["variant", "batch", "aux ms (p10-p90)", "ratio", "student ms (p10-p90)", "ratio"]
-    return markdown([*head, *names, "cycles/h x batch"], rows)
+    return [*head, *names, "cycles/h x batch"], rows
 
 
 def _spread(row: dict) -> str:

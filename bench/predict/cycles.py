@@ -1,24 +1,22 @@
 """A few cycles of a preset on this machine: predicted beside measured, or under the profiler.
 
-    python -m bench.cycles estimate sana-1.6b --out bench/results/estimate_sana_1_6b_h100.json
-    python -m bench.cycles profile digits --trace trace.json.gz --out profile_digits.json
+    python -m bench estimate_sana_1_6b --out bench/results
+    python -m bench profile_digits --out FOLDER     # with the profiler's own trace.json.gz
 
 What ``mfd-fast estimate PRESET --gpu this-machine`` and ``mfd-fast profile PRESET`` do, without a
 checkpoint and without what reads the command line and draws: a SANA has its published sizes and
 random weights, digits their packaged teacher.
 """
 
-import argparse
-import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.record import header, write
+from bench.harness import Options
 from mfd_fast.cost import estimate, this_machine
 from mfd_fast.cost.measured import efficiency_here, measured_phases
 from mfd_fast.cost.profile import profile_cycles, summary
@@ -30,7 +28,7 @@ from mfd_fast.models.tasks import make_task
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import make_distiller, run_is_captured
 
-PRESETS = ("digits", "sana-tiny", "sana-600m", "sana-1.6b")
+CYCLES = 3  # timed, after one that is not
 SLOWEST = 20  # operators in the result
 
 
@@ -97,28 +95,14 @@ def _ms(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(1e3 * value, 4) for name, value in seconds.items()}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("estimate", "profile"))
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cycles", type=int, default=3, help="timed cycles, after one that is not")
-    parser.add_argument("--trace", type=Path, help="the profiler's own file, .json or .json.gz")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
-    config = preset(args.preset)
-    config = replace(config, train=replace(config.train, device=args.device))
-    settings = {"preset": args.preset, "batch": config.train.batch_size, "cycles": args.cycles}
-    if args.what == "estimate":
-        rows, more = estimated(config, args.cycles)
+def benchmark(options: Options, what: str, name: str) -> tuple[str, dict, Iterator[list[dict]]]:
+    """``what`` is "estimate" or "profile" of the preset ``name``."""
+    config, cycles = preset(name), options.repeats or (1 if options.smoke else CYCLES)
+    config = replace(config, train=replace(config.train, device=options.device))
+    settings = {"preset": name, "batch": config.train.batch_size, "cycles": cycles}
+    if what == "estimate":
+        rows, more = estimated(config, cycles)
     else:
-        rows, more = profiled(config, args.cycles, args.trace)
-    if args.out:
-        write(args.out, header(args.what, args.device, settings | more), rows)
-    else:
-        print(*map(json.dumps, rows), sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        trace = options.out and options.out / "trace.json.gz"
+        rows, more = profiled(config, cycles, trace)
+    return what, settings | more, iter([rows])

@@ -1,8 +1,5 @@
 """The memory a cycle is predicted to need, beside what it needed.
 
-    python -m bench.predicted_memory --out bench/results/predicted_memory_cpu.json
-    python -m bench.predicted_memory --device cuda --out bench/results/predicted_memory_h100.json
-
 Every case runs in a process of its own, after a small run that loads what is loaded once.
 
 On a CPU: growth of the process's RSS.  The allocator returns what is freed
@@ -11,21 +8,15 @@ On a GPU: the most that torch's allocator had given out while updates ran, above
 of a captured run, what it keeps reserved afterwards, for graphs keep their pools.
 """
 
-import argparse
 import gc
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench.record import header, write
+from bench.harness import Options, elsewhere
 from bench.updates import networks
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost import MetaModel, trace_cycle
@@ -154,19 +145,11 @@ def _status(key: str) -> int:
 
 def measured_elsewhere(name: str, device: str) -> int:
     """:func:`measured` in a process of its own."""
-    code = (
-        "from bench.predicted_memory import *; "
-        f"print(measured(cases_of({device!r})[{name!r}], {device!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | SMALL_HEAP,
-        cwd=Path(__file__).resolve().parents[1],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout.splitlines()[-1])
+    return elsewhere(measured_case, name, device, **SMALL_HEAP)
+
+
+def measured_case(name: str, device: str) -> int:
+    return measured(cases_of(device)[name], device)
 
 
 def row(name: str, batch: int, device: str = "cpu") -> dict:
@@ -183,24 +166,8 @@ def row(name: str, batch: int, device: str = "cpu") -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="a regex: only cases that it finds")
-    args = parser.parse_args()
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     config = {key: str(value) for key, value in vars(settings()).items()}
-    rows = []
-    head = header("predicted_memory", args.device, config)
-    for name, case in cases_of(args.device).items():
-        if not re.search(args.only, name):
-            continue
-        rows.append(row(name, case.batch, args.device))
-        print(json.dumps(rows[-1]), flush=True)
-        if args.out:  # after every case: a run that is cut off keeps what it has
-            write(args.out, head, rows)
-    return int(not rows)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    cases = {name: one for name, one in cases_of(options.device).items() if options.wants(name)}
+    batches = ([row(name, case.batch, options.device)] for name, case in cases.items())
+    return "predicted_memory", config, batches

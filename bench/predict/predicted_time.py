@@ -1,25 +1,19 @@
 """The seconds that updates are predicted to take, beside what they took, at shapes of their own.
 
-    python -m bench.predicted_time --out bench/results/predicted_time_cpu.json
-
 Predictions come from ``bench/results/step_*.json`` of this device (``mfd_fast.cost.measured``); no
 case was measured for them: other batches, image sizes, intervals and activation policies.
 """
 
-import argparse
-import json
-import re
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from statistics import median
 
 import torch
 
-from bench.record import header, write
-from bench.step_loops import SANA_SIZES, STEP, working_dtype
+from bench.harness import Options, timed
 from bench.updates import networks
+from bench.updates.variants import SANA_SIZES, STEP, working_dtype
 from mfd_fast.cost import MetaModel, this_machine, trace_cycle
 from mfd_fast.cost.estimate import cycle_seconds
 from mfd_fast.cost.measured import calibrated
@@ -29,6 +23,7 @@ from mfd_fast.distill.distiller import Distiller
 from mfd_fast.models.digits.task import DigitsTask
 from mfd_fast.models.presets import preset
 
+REPEATS = 5
 WARMUP = {"cpu": 1, "cuda": 5}  # updates of a role; graphs are captured in them
 
 
@@ -97,18 +92,12 @@ def measured(case: Case, device: str, repeats: int) -> dict[str, float]:
     kind = Distiller if device == "cpu" else CapturedDistiller
     distiller, cond = kind(model.backbone, case.config), model.cond(case.batch)
     updates = {"aux": distiller.aux_step, "student": distiller.student_step}
-    return {role: _seconds(update, cond, device, repeats) for role, update in updates.items()}
-
-
-def _seconds(update: Callable, cond: object, device: str, repeats: int) -> float:
-    samples = []
-    for _ in range(WARMUP[device] + repeats):
-        start = time.perf_counter()
-        update(cond)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        samples.append(time.perf_counter() - start)
-    return median(samples[WARMUP[device] :])
+    seconds = {}
+    for role, update in updates.items():
+        one = {role: partial(update, cond)}
+        taken = timed(one, repeats, device, warmup=WARMUP[device])[role]
+        seconds[role] = median(clock for clock, _ in taken)
+    return seconds
 
 
 def predicted(case: Case, device: str) -> tuple[dict[str, float], str]:
@@ -116,8 +105,8 @@ def predicted(case: Case, device: str) -> tuple[dict[str, float], str]:
     known = calibrated(this_machine(device), case.model, is_captured=device == "cuda")
     if known is None:
         raise ValueError(
-            f"no measured updates of {case.model} on this device; first: python -m "
-            f"bench.bench_step --model {case.model} --out bench/results/step_NAME.json"
+            f"no measured updates of {case.model} on this device; first: python -m bench "
+            f"step_{case.model.replace('-', '_').replace('.', '_')} --out bench/results"
         )
     cycle = trace_cycle(make_model(case, "meta"), case.config, case.batch)
     seconds = cycle_seconds(cycle, *known)
@@ -145,27 +134,8 @@ def rows_of(case: Case, device: str, repeats: int) -> list[dict]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="", help="a regex: only cases that it finds")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    head = header("predicted_time", args.device, {"repeats": args.repeats})
-    rows = []
-    for case in CASES[args.device]:
-        if not re.search(args.only, case.name):
-            continue
-        try:
-            rows += rows_of(case, args.device, args.repeats)
-        except ValueError as error:
-            parser.error(str(error))
-        print(*map(json.dumps, rows[-2:]), sep="\n", flush=True)
-        if args.out:
-            write(args.out, head, rows)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    device, repeats = options.device, options.repeats or REPEATS
+    cases = [case for case in CASES[device] if options.wants(case.name)]
+    batches = (rows_of(case, device, repeats) for case in cases)
+    return "predicted_time", {"repeats": repeats}, batches

@@ -1,25 +1,21 @@
 """What one cycle of the published SANA loop does, part by part, from traces without storage.
 
-    python -m bench.published_cost --out bench/results/published_cost.json
-
-The literal loop of ``bench.baseline_eager`` with its text encoder and image decoder at 1024px: a
+The literal loop of ``bench.updates.literal`` with its text encoder and image decoder at 1024px: a
 part is traced once and taken as often as a cycle of 10 auxiliary updates and 1 student update asks.
 Seconds are the estimate's for an RTX PRO 6000 with assumed shares, launches from Python included;
 not counted: clipping, the optimizer, writing the PNG, waiting for the device, reading data.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from bench.baseline_eager import AUX, STUDENT, LiteralLoop, OfficialSettings, Prompt, make_loop
-from bench.bench_sana import official_config
-from bench.record import header, write
-from bench.sana_sizes import SIZES, Published
-from bench.table4 import GPU, PRESET
+from bench.harness import Options
+from bench.predict.table4 import GPU, PRESET
+from bench.updates.literal import AUX, STUDENT, LiteralLoop, OfficialSettings, Prompt, make_loop
+from bench.updates.sana_literal import official_config
+from bench.updates.sana_sizes import SIZES, Published
 from mfd_fast.cost import device_named, trace_cycle
 from mfd_fast.cost.cycle import expected_evaluations
 from mfd_fast.cost.devices import assumed
@@ -110,22 +106,12 @@ def row(name: str, times: float, work: Work) -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    rows = [row(name, times, work) for name, (times, work) in parts().items()]
-    print(*rows, sep="\n")
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     config = {
         "gpu": GPU,
         "efficiency": assumed(is_captured=False).source,
         "evaluations": round(evaluations(), 2),
         "operators_of_an_ode_step_of_ours": round(operators_of_ours()),
     }
-    print(config)
-    write(args.out, header("published_cost", "cpu", config), rows)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    rows = [row(name, times, work) for name, (times, work) in parts().items()]
+    return "published_cost", config, iter([rows])

@@ -1,23 +1,21 @@
 """This device's roofs, and where every measured operator stands under them.
 
-    python -m bench.roofline --out bench/results/roofline_cpu.json --picture docs/roofline_cpu.png
-
 The roofs are a large copy and large square products in every dtype the device multiplies.  The
-operators come from the result files of the same device; those that multiply stand in the left panel
-(operations a byte against operations a second), all of them in the right one (share of the copy).
+picture's operators come from the result files of the same device; those that multiply stand in
+the left panel (operations a byte against operations a second), all in the right one (share of the
+copy).
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from bench.record import header, write
-from mfd_fast.cost.devices import MATMUL_SIDE, copy_bandwidth, matmul_flops, seconds_of
+from bench.harness import Options
+from bench.results import RESULTS
+from mfd_fast.cost.devices import COPY_BYTES, MATMUL_SIDE, copy_bandwidth, matmul_flops, seconds_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # A CPU multiplies float16 by converting it: no roof of its own.
 DTYPES = {
     "cpu": {"float32": torch.float32, "bfloat16": torch.bfloat16},
@@ -122,28 +120,5 @@ def _colours(count: int) -> list:
     return [colormaps["tab20"](i % 20) for i in range(count)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="write the roofs to this JSON file")
-    parser.add_argument("--picture", type=Path, help="draw the picture into this PNG")
-    args = parser.parse_args()
-    rows = roofs(args.device)
-    head = header("roofline", args.device, {"copy_bytes": 256 << 20})
-    print(*rows, sep="\n")
-    if args.out:
-        write(args.out, head, rows)
-    if args.picture:
-        points = list(operators(head["device"], head["threads"]))
-        if not points:
-            parser.error(
-                f"bench/results has no operator of {head['device']}, {head['threads']} threads; "
-                "measure some first: python -m bench.bench_NAME --out bench/results/NAME.json"
-            )
-        draw(rows, points, head["device"], args.picture)
-        print(args.picture)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    return "roofline", {"copy_bytes": COPY_BYTES[options.device]}, iter([roofs(options.device)])

@@ -1,15 +1,12 @@
 """Table 4 of the paper (SANA on one RTX PRO 6000) beside what ``mfd-fast estimate`` says.
 
-python -m bench.table4 --out bench/results/table4_estimate.json
-
 Nothing is fitted: presets, data sheet and assumed shares are those of the command.
 """
 
-import argparse
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
-from bench.record import header, write
+from bench.harness import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.models.presets import preset
@@ -47,10 +44,7 @@ def row(objective: str) -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     efficiency = assumed(is_captured=run_is_captured(preset(PRESET), "cuda"))
     config = {
         "preset": PRESET,
@@ -61,11 +55,4 @@ def main() -> int:
         "host_us": efficiency.host_seconds * 1e6,
         "efficiency": efficiency.source,
     }
-    rows = [row(objective) for objective in PAPER]
-    print(*rows, sep="\n")
-    write(args.out, header("table4", "cpu", config), rows)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return "table4", config, iter([[row(objective) for objective in PAPER]])

@@ -1,21 +1,18 @@
 """What ``sana.text_multiple`` costs: predicted seconds of a cycle, captures included.
 
-python -m bench.text_multiple --out bench/results/text_multiple_estimate.json
-
 Every length that comes costs its own warm-ups and captures, once; a coarse multiple pads more in
 every update.  Seconds and launches are those of ``mfd-fast estimate``.  Assumed: the lengths of
 prompts, log-normal and 300 tokens at most, and a launch from Python, as published traces of eager
 loops have it.  Nothing is measured on a GPU.
 """
 
-import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
-from bench.record import header, write
+from bench.harness import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import Estimate, cycle_seconds
@@ -85,12 +82,7 @@ def rows_bytes(length: int) -> float:
     return (most - least) * length / (MAX_LENGTH - 8)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    rows = [row(multiple, median) for median in MEDIANS for multiple in MULTIPLES]
-    print(*rows, sep="\n")
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     config = {
         "preset": PRESET,
         "gpu": GPU,
@@ -98,9 +90,5 @@ def main() -> int:
         "warmup_calls": WARMUP_CALLS,
         "launch_us": 1e6 * LAUNCH_S,
     }
-    write(args.out, header("text_multiple", "cpu", config), rows)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    batches = ([row(multiple, median) for multiple in MULTIPLES] for median in MEDIANS)
+    return "text_multiple", config, batches

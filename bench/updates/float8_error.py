@@ -1,21 +1,17 @@
 """What float8 does to the velocities: error of the mean velocities from noise to data.
 
-    python -m bench.float8_error --out bench/results/float8_error_cpu.json
-
 ``velocity_error`` (relative L2, Euler, h = .02, guidance 4.5) of a bfloat16 network
 with and without e4m3: the trained digits teacher, and a SANA with random weights.  ``smallest`` are
 the terms and outputs of the smallest product that is taken; the rule that pays at 1.6B takes the
 fewest of so small a network.  On a CPU the same e4m3 numbers are multiplied in float32.
 """
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from bench.record import header, write
+from bench.harness import Options
 from bench.updates import networks
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones.adapters import AdapterBank
@@ -72,19 +68,6 @@ def row(name: str, make: Callable, side: int, outputs: int, device: str) -> dict
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    rows = []
-    for case in CASES:
-        rows.append(row(*case, args.device))
-        print(rows[-1], flush=True)
-    if args.out:
-        write(args.out, header("float8_error", args.device, {"dtype": "bfloat16"}), rows)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    batches = ([row(*case, options.device)] for case in CASES if options.wants(case[0]))
+    return "float8_error", {"dtype": "bfloat16"}, batches

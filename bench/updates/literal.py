@@ -6,23 +6,17 @@ auxiliary are integrated one after the other, guidance concatenates the two cond
 goes through every layer of every call, and the host reads the times and the losses.  It is the
 baseline of the benchmarks, and the reference of ``test_sana_official_gradients.py``.
 
-    python -m bench.baseline_eager --size mini          # seconds of both updates
-    python -m bench.baseline_eager --size mini --published --compile
-
-``--published`` adds what the script runs besides the network: the text encoder on the prompt and
-on the empty prompt at every update, and the image decoder and a PNG at every student update.
+:class:`PublishedLoop` adds what the script runs besides the network: the text encoder on the prompt
+and on the empty prompt at every update, image decoder and a PNG at every student update.
 
 t = 1 is noise.  Times are whole timesteps in 0 ... 1000: the script rounds t, r and the end of
 every step to 1/1000.
 """
 
-import argparse
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -31,7 +25,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from bench.sana_sizes import SIZES, Published, Size, make_prompts, make_transformer
+from bench.updates.sana_sizes import Published, Size, make_prompts, make_transformer
 from mfd_fast.distill.distiller import no_phase
 
 GRID = 1000
@@ -288,45 +282,6 @@ class PublishedLoop:
         return loss
 
 
-def main() -> int:
-    """Seconds of both updates, median of the repeats."""
-    parser = argparse.ArgumentParser(description="Times the literal diffusers + PEFT loop.")
-    parser.add_argument("--size", choices=SIZES, default="mini")
-    parser.add_argument("--published", action="store_true", help="with text encoder and decoder")
-    parser.add_argument("--compile", action="store_true", help="the transformer by torch.compile")
-    parser.add_argument("--adam8bit", action="store_true", help="bitsandbytes, as published; GPU")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--interval", type=int, nargs=2, default=(670, 330), metavar=("T", "R"))
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    settings = OfficialSettings(is_8bit=args.adam8bit)
-    loop, prompt, null = make_loop(SIZES[args.size], settings, device=args.device, dtype=dtype)
-    if args.compile:
-        loop.transformer.compile()
-    noise = torch.randn(1, *SIZES[args.size].sample_shape, device=args.device).to(dtype)
-    t, r = args.interval
-    updates = {
-        AUX: lambda: loop.aux_update(noise, prompt, t),
-        STUDENT: lambda: loop.student_update(noise, prompt, null, (t, r)),
-    }
-    if args.published:
-        with_all = PublishedLoop(loop, Published(SIZES[args.size], device=args.device, dtype=dtype))
-        updates = {
-            AUX: lambda: with_all.aux_update(noise, t),
-            STUDENT: lambda: with_all.student_update(noise, (t, r)),
-        }
-    for role, update in updates.items():
-        update()
-        seconds = []
-        for _ in range(args.repeats):  # an update ends with a read of the loss
-            start = time.perf_counter()
-            update()
-            seconds.append(time.perf_counter() - start)
-        print(f"{role}: {median(seconds):.3f} s", flush=True)
-    return 0
-
-
 def make_loop(
     size: Size,
     settings: OfficialSettings | None = None,
@@ -339,7 +294,3 @@ def make_loop(
     prompt, null = (Prompt(*p) for p in make_prompts(size, device=device, dtype=dtype))
     loop = LiteralLoop(transformer, flow_scheduler(), settings or OfficialSettings())
     return loop, prompt, null
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What only the driver knows of a GPU: memory in use, energy, clocks, power limit.
+"""What only the driver knows of a GPU: memory in use, and energy.
 
 Through the module ``pynvml`` of nvidia-ml-py, if it is installed (``pip install nvidia-ml-py``).
 All numbers are of the whole GPU, whatever process uses it.
@@ -55,27 +55,7 @@ class Nvml:
 
         The driver adds to it every 20-100 ms: take the difference over a second or more.
         """
-        return self._scaled("nvmlDeviceGetTotalEnergyConsumption")
-
-    def power_limit_watts(self) -> float | None:
-        """The limit in force; None where the GPU has none."""
-        return self._scaled("nvmlDeviceGetEnforcedPowerLimit")
-
-    def clocks(self) -> dict[str, int] | None:
-        """Megahertz now: ``sm`` and ``memory``; None where the GPU does not tell."""
-        nvml = self._nvml
-        kinds = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
         try:
-            return {
-                name: nvml.nvmlDeviceGetClockInfo(self._handle, kind)
-                for name, kind in kinds.items()
-            }
-        except nvml.NVMLError_NotSupported:
-            return None
-
-    def _scaled(self, function: str) -> float | None:
-        """A number that the driver gives in thousandths."""
-        try:
-            return getattr(self._nvml, function)(self._handle) / 1e3
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
         except self._nvml.NVMLError_NotSupported:
             return None

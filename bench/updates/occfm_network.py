@@ -1,30 +1,23 @@
 """OccFM's transition network: the fast path against the reference, one evaluation of one sample.
 
-python -m bench.bench_occfm [--smoke] [--out FILE.json]
-
 Every row has the operators that the path dispatches and the bytes that they read and write, counted
 on the same call; a fast evaluation finds what is constant along a trajectory prepared.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from bench.harness import Case, measure, verify
-from bench.record import header, write
-from bench.updates.networks import ReferenceOccfm
-from bench.updates.networks import occfm_inputs as inputs
+from bench.harness import Implementations, Options, measure, spread, verify
+from bench.updates.networks import ReferenceOccfm, occfm_inputs
 from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork
 from mfd_fast.testing.counting import Count, Traffic
 
-OP = "occfm_network"
 PUBLISHED = CONFIGS["occfm"]
 # (name, sizes, with the gradients to all parameters): training is measured on a smaller grid, for
 # what the reference keeps for its backward does not fit everywhere.
@@ -50,8 +43,8 @@ def train(velocity: Callable, network: OccfmNetwork, x: Tensor, t: Tensor, cond:
     return torch.autograd.grad(v.square().mean(), list(network.parameters()))
 
 
-def _inputs(network: OccfmNetwork, device: str) -> tuple:
-    x, t, cond = inputs(1, network.config)
+def inputs(network: OccfmNetwork, device: str) -> tuple:
+    x, t, cond = occfm_inputs(1, network.config)
     x, t = x.to(device), t.to(device)
     cond = {name: value.to(device) for name, value in cond.items()}
     with torch.no_grad():
@@ -60,43 +53,20 @@ def _inputs(network: OccfmNetwork, device: str) -> tuple:
         return x, t, cond, prepared | {"modulation": network.modulation(t, embedding)}
 
 
-def case(name: str, config: OccfmConfig, device: str, is_train: bool) -> Case:
-    network = OccfmNetwork(config).to(device).requires_grad_(is_train)
-    paths = {"eager": reference, "ours": fast}
-    if is_train:
-        paths = {key: partial(train, path) for key, path in paths.items()}
-    return Case(
-        shape=name,
-        dtype="float32",
-        impls={key: partial(path, network) for key, path in paths.items()},
-        inputs=partial(_inputs, network, device),
-        bytes_moved=0,  # counted, and not the same for both
-        exact=None if is_train else partial(reference, copy.deepcopy(network).double()),
-    )
-
-
-def cases(device: str, smoke: bool) -> Iterator[Case]:
-    for name, config, is_train in SMOKE if smoke else SHAPES:
-        yield case(name, config, device, is_train)
-
-
-def rows_of(one: Case, device: str) -> list[dict]:
-    """Time and count every path of a case, once it has proved right (``harness.verify``)."""
-    verify(one)
-    samples = {name: us for name, (us, _) in measure(one.impls, one.inputs, device).items()}
-    rows = []
-    for name, path in one.impls.items():
-        args, tenths = one.inputs(), quantiles(samples[name], n=10)
+def counted(
+    impls: Implementations, make: Callable[[], tuple], device: str, **case: object
+) -> list[dict]:
+    """Milliseconds, operators and bytes of every implementation of a case."""
+    rows, samples = [], {name: us for name, (us, _) in measure(impls, make, device).items()}
+    for name, run in impls.items():
+        args = make()
         with Count() as count, Traffic() as traffic:
-            path(*args)
+            run(*args)
         rows.append(
             {
-                "shape": one.shape,
-                "dtype": one.dtype,
+                **case,
                 "impl": name,
-                "ms": round(median(samples[name]) / 1e3, 2),
-                "ms_p10": round(tenths[0] / 1e3, 2),
-                "ms_p90": round(tenths[-1] / 1e3, 2),
+                **spread(samples[name], "ms", 1e-3, 2),
                 "speedup": round(median(samples["eager"]) / median(samples[name]), 3),
                 "operators": count.total,
                 "bytes_moved": traffic.bytes,
@@ -106,24 +76,20 @@ def rows_of(one: Case, device: str) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_occfm", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--smoke", action="store_true", help="the tiny network only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    head, rows = header(OP, args.device, {"smoke": args.smoke}), []
-    for one in cases(args.device, args.smoke):
-        rows += rows_of(one, args.device)
-        for row in rows[-len(one.impls) :]:
-            print(
-                f"{row['shape']:<20} {row['impl']:<6} {row['ms']:>9.1f} ms {row['speedup']:>6.2f}x "
-                f"{row['operators']:>5} operators {row['bytes_moved'] / 1e9:>7.3f} GB",
-                flush=True,
-            )
-        if args.out:
-            write(args.out, head, rows)
+def rows_of(name: str, config: OccfmConfig, device: str, is_train: bool) -> list[dict]:
+    """Both paths of a case, once they have proved right."""
+    network = OccfmNetwork(config).to(device).requires_grad_(is_train)
+    paths: Implementations = {"eager": reference, "ours": fast}
+    if is_train:
+        paths = {key: partial(train, path) for key, path in paths.items()}
+    impls = {key: partial(path, network) for key, path in paths.items()}
+    make = partial(inputs, network, device)
+    exact = None if is_train else partial(reference, copy.deepcopy(network).double())
+    verify(impls, make, exact, name)
+    return counted(impls, make, device, shape=name, dtype="float32")
 
 
-if __name__ == "__main__":
-    main()
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    shapes = [one for one in (SMOKE if options.smoke else SHAPES) if options.wants(one[0])]
+    batches = (rows_of(name, config, options.device, is_train) for name, config, is_train in shapes)
+    return "occfm_network", {"smoke": options.smoke}, batches

@@ -6,21 +6,19 @@ in one process with the same threads, taking turns.  Differences that are ours: 
 once and without its padding, the three lanes of an ODE step are one call; on a GPU the phases are
 CUDA graphs.
 
-    python -m bench.bench_sana --out bench/results/sana_literal_cpu.json
+    python -m bench sana_literal --out bench/results
 """
 
-import argparse
-import time
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median, quantiles
+from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from bench.baseline_eager import GRID, LiteralLoop, OfficialSettings, Prompt, make_loop
-from bench.record import header, write
-from bench.sana_sizes import SIZES
+from bench.harness import Options, spread, timed
+from bench.updates.literal import GRID, LiteralLoop, OfficialSettings, Prompt, make_loop
+from bench.updates.sana_sizes import SIZES
+from bench.updates.variants import FixedInterval
 from mfd_fast import (
     CapturedDistiller,
     DistillConfig,
@@ -30,27 +28,17 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.distill.config import OptimConfig
-from mfd_fast.distill.mfd import MeanFlowDistillation
-from mfd_fast.flow.solvers import SolverTable, plan
 from mfd_fast.models.sana import SanaConfig, SanaNetwork
 from mfd_fast.models.sana.text.trim import trim_text
 
 INTERVAL = (670, 330)  # 17 steps of .02, the mean of uniform pairs
+SMOKE_INTERVAL = (80, 40)
 AUX_TIME = 500
+REPEATS = 9
 # Calls that are not counted; on a GPU ours captures its graphs in them.
 WARMUP_CALLS = {"cpu": 1, "cuda": 6}
 
 Update = Callable[[], object]
-
-
-class FixedInterval(MeanFlowDistillation):
-    """Mean Flow Distillation over one interval (t, r), in timesteps of 1/1000."""
-
-    interval: tuple[int, int]
-
-    def draw(self, batch: int, generator: torch.Generator) -> SolverTable:
-        t, r = (torch.full((batch,), end / GRID) for end in self.interval)
-        return plan(t, r, step_size=self.config.step_size, grid=self.config.grid)
 
 
 def official_config(settings: OfficialSettings) -> DistillConfig:
@@ -101,8 +89,7 @@ def make_ours(
     distiller = kind(
         backbone, config, schedule=dpm_flow_schedule(settings.student_steps, shift=3.0)
     )
-    distiller.objective = FixedInterval(config)
-    distiller.objective.interval = interval
+    distiller.objective = FixedInterval(config, tuple(end / GRID for end in interval))
     return distiller
 
 
@@ -131,75 +118,47 @@ def make_updates(
     }
 
 
-def measure(
-    updates: dict[str, Update], repeats: int, device: str
-) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, CPU seconds of the process) of every implementation, which take turns."""
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
-    for call in range(-WARMUP_CALLS[device], repeats):
-        for name, update in updates.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            update()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if call >= 0:
-                taken = time.perf_counter() - start, time.process_time() - cpu_start
-                samples[name].append(taken)
-    return samples
-
-
 def rows_of(update: str, samples: dict[str, list[tuple[float, float]]]) -> list[dict]:
     """Lines of the result; ``ratio`` is how many times as fast as the literal loop.
 
     On a machine that does other work, ``cpu_ratio`` is the one to read: waiting is not in it.
     """
     rows = []
+    literal = [median(kind) for kind in zip(*samples["literal"], strict=True)]
     for name, taken in samples.items():
-        line = {"update": update, "impl": name}
-        for kind, ratio, seconds, literal in zip(
-            ("seconds", "cpu_seconds"),
-            ("ratio", "cpu_ratio"),
-            zip(*taken, strict=True),
-            zip(*samples["literal"], strict=True),
-            strict=True,
-        ):
-            tenths = quantiles(seconds, n=10, method="inclusive")
-            line[kind] = round(median(seconds), 4)
-            line[f"{kind}_p10"], line[f"{kind}_p90"] = round(tenths[0], 4), round(tenths[-1], 4)
-            line[ratio] = round(median(literal) / median(seconds), 3)
-        rows.append(line)
+        clock, processor = zip(*taken, strict=True)
+        rows.append(
+            {
+                "update": update,
+                "impl": name,
+                **spread(clock, "seconds", 1.0, 4),
+                "ratio": round(literal[0] / median(clock), 3),
+                **spread(processor, "cpu_seconds", 1.0, 4),
+                "cpu_ratio": round(literal[1] / median(processor), 3),
+            }
+        )
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--size", choices=SIZES, default="mini")
-    parser.add_argument("--device", choices=WARMUP_CALLS, default="cpu")
-    parser.add_argument("--repeats", type=int, default=9, help="2 or more")
-    parser.add_argument("--interval", type=int, nargs=2, default=INTERVAL, metavar=("T", "R"))
-    args = parser.parse_args()
-    size = SIZES[args.size]
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    """Auxiliary and student; on a GPU SANA 1.6B."""
+    name = "tiny" if options.smoke else {"cpu": "mini", "cuda": "1.6b"}[options.device]
+    size, interval = SIZES[name], SMOKE_INTERVAL if options.smoke else INTERVAL
+    repeats = options.repeats or (2 if options.smoke else REPEATS)
     config = {
-        "size": args.size,
+        "size": name,
         "transformer": size.transformer,
         "sample_shape": size.sample_shape,
         "prompt_tokens": size.prompt_tokens,
-        "interval": args.interval,
-        "repeats": args.repeats,
+        "interval": interval,
+        "repeats": repeats,
     }
-    head = header("sana_literal", args.device, config)
-    rows = []
-    torch.manual_seed(0)
-    updates = make_updates(args.size, device=args.device, interval=tuple(args.interval))
-    for update, implementations in updates.items():
-        new = rows_of(update, measure(implementations, args.repeats, args.device))
-        print(*new, sep="\n", flush=True)
-        rows += new
-    if args.out:
-        write(args.out, head, rows)
-    return 0
 
+    def batches() -> Iterator[list[dict]]:
+        torch.manual_seed(0)
+        device, warmup = options.device, WARMUP_CALLS[options.device]
+        for update, impls in make_updates(name, device=device, interval=interval).items():
+            if options.wants(update):
+                yield rows_of(update, timed(impls, repeats, device, warmup=warmup))
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return "sana_literal", config, batches()

@@ -45,33 +45,33 @@ class Size:
 SIZES = {
     "tiny": Size(
         transformer={
-            **{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16},
-            **{"num_cross_attention_heads": 2, "cross_attention_head_dim": 16},
-            **{"cross_attention_dim": 32, "caption_channels": 32, "sample_size": 2},
+            "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
+            "num_cross_attention_heads": 2, "cross_attention_head_dim": 16,
+            "cross_attention_dim": 32, "caption_channels": 32, "sample_size": 2,
         },
         text_encoder={
-            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
-            **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-            **{"vocab_size": 100, "pad_token_id": 0},
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "vocab_size": 100, "pad_token_id": 0,
         },
         decoder={"decoder_block_out_channels": (32,) * 6, "decoder_layers_per_block": (1,) * 6},
         side=2,
     ),
     "mini": Size(
         transformer={
-            **{"num_layers": 8, "num_attention_heads": 16, "attention_head_dim": 32},
-            **{"num_cross_attention_heads": 8, "cross_attention_head_dim": 64},
-            **{"cross_attention_dim": 512, "caption_channels": 512, "sample_size": 16},
+            "num_layers": 8, "num_attention_heads": 16, "attention_head_dim": 32,
+            "num_cross_attention_heads": 8, "cross_attention_head_dim": 64,
+            "cross_attention_dim": 512, "caption_channels": 512, "sample_size": 16,
         },
         text_encoder={
-            **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+            "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
         },
         decoder={"decoder_block_out_channels": (32, 32, 64, 64, 128, 128)},
         side=16,
     ),
     "1.6b": Size(),
-}
+}  # fmt: skip
 # The image decoder of the published checkpoints.
 DECODER = {
     "latent_channels": 32,

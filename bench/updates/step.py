@@ -1,9 +1,9 @@
 """Whole updates, one switch at a time, from the literal loop to the whole engine: a waterfall.
 
-    python -m bench.bench_step --model sana-mini --out bench/results/step_sana_mini_cpu.json
+    python -m bench step_sana_mini --out bench/results
 
     published         the literal loop that also encodes its prompts and writes an image
-    literal           diffusers + PEFT, one network call after another (``bench.baseline_eager``)
+    literal           diffusers + PEFT, one network call after another (``bench.updates.literal``)
     literal compiled  the same with its transformer under torch.compile
     sequential        our engine on the network as its authors wrote it, one lane a call
     lane-packed       all lanes of an ODE step in one call
@@ -21,28 +21,20 @@ operators of their own; OccFM's ``sequential`` and ``lane-packed`` are on the ne
 Without diffusers and peft SANA's first five are skipped by name.
 """
 
-import argparse
-import json
-import os
-import re
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median, quantiles
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 
-from bench.nvml import Nvml
-from bench.record import header, write
-from bench.step_loops import (
+from bench.harness import BenchmarkError, Options, elsewhere, spread, timed
+from bench.updates.nvml import Nvml
+from bench.updates.variants import (
     INTERVAL,
-    MODELS,
     STEP,
-    VARIANTS,
     Loop,
     cycle_of,
     make_loop,
@@ -57,9 +49,9 @@ from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.phases import PhaseTimer
 from mfd_fast.run.environment import peak_memory, peak_memory_counts
 
-ROOT = Path(__file__).resolve().parents[1]
 WARMUP = {"cpu": 1, "cuda": 4}  # updates after the counted one; the fourth captures its graphs
 MIN_SECONDS = {"cpu": 0.0, "cuda": 1.0}  # of timed updates: the driver sums energy every 20-100 ms
+REPEATS = 5  # timed updates of a row
 SMOKE = "sequential|lane-packed|fused|captured"
 # What the host calls to give the device work; a graph is one launch.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync",
@@ -107,23 +99,15 @@ def _timed(loop: Loop, update: Callable, repeats: int, kind: str, batch: int) ->
     if kind == "cuda":
         update_from_empty_cache(update)
     silent, loop.listened.phase = loop.listened.phase, timer.phase
-    clock, processor = [], []
     joules = nvml.joules() if nvml else None
-    while len(clock) < repeats or sum(clock) < MIN_SECONDS[kind]:
-        start, used = time.perf_counter(), time.process_time()
-        update()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        clock.append(time.perf_counter() - start)
-        processor.append(time.process_time() - used)
+    taken = timed({"": update}, repeats, kind, least=MIN_SECONDS[kind])[""]
+    clock, processor = zip(*taken, strict=True)
     if joules is not None:
         joules = (nvml.joules() - joules) / len(clock)
     loop.listened.phase = silent
-    seconds, tenths = median(clock), quantiles([*clock, *clock], n=10, method="inclusive")
+    seconds = median(clock)
     return {
-        "seconds": round(seconds, 5),
-        "seconds_p10": round(tenths[0], 5),
-        "seconds_p90": round(tenths[-1], 5),
+        **spread(clock, "seconds", 1.0, 5),
         "cpu_seconds": round(median(processor), 5),
         "seconds_per_sample": round(seconds / batch, 6),
         "updates_per_s": round(1 / seconds, 4),
@@ -216,69 +200,26 @@ def rates_here(device: str) -> dict[str, float]:
     }
 
 
-def measure_elsewhere(
-    model: str, variant: str, device: str, repeats: int, rates: dict[str, float]
-) -> list[dict]:
-    """:func:`measure` in a process of its own; ``prepared`` without compiled operators."""
-    command = [sys.executable, "-m", "bench.bench_step", "--model", model, "--device", device]
-    command += ["--variant", variant, "--repeats", str(repeats), "--rates", json.dumps(rates)]
-    backend = {"MFD_FAST_BACKEND": "reference"} if variant == "prepared" else {}
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | backend, stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        return []
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def benchmark(options: Options, model: str) -> tuple[str, dict, Iterator[list[dict]]]:
+    """Every variant of a model; ``prepared`` without compiled operators."""
+    device, repeats = options.device, 1 if options.smoke else options.repeats or REPEATS
+    rates, cycle = rates_here(device), cycle_of(model)
+    config = {"model": model, "interval": INTERVAL, "step": STEP, "repeats": repeats}
+    config |= {"peak_mb": peak_memory_counts(device), "nvml_mb": NVML_COUNTS}
+    only = options if options.only or not options.smoke else replace(options, only=SMOKE)
 
+    def batches() -> Iterator[list[dict]]:
+        failed = []
+        for variant in filter(only.wants, variants_of(model, device)):
+            backend = {"MFD_FAST_BACKEND": "reference"} if variant == "prepared" else {}
+            try:
+                rows = elsewhere(measure, model, variant, device, repeats, rates, **backend)
+            except BenchmarkError:
+                failed.append(variant)
+                continue
+            add_rates(rows, rates, cycle)
+            yield rows
+        if failed:
+            raise BenchmarkError(f"failed, see above: {', '.join(failed)}")
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="sana-mini")
-    parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process")
-    parser.add_argument("--only", default="", help="a regex: only variants that it finds")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="timed updates of a row")
-    parser.add_argument("--smoke", action="store_true", help="few variants, one timed update")
-    parser.add_argument("--rates", type=json.loads, help=argparse.SUPPRESS)  # of this device
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
-    repeats = 1 if args.smoke else args.repeats
-    rates, cycle = args.rates or rates_here(args.device), cycle_of(args.model)
-    if args.variant:
-        for row in measure(args.model, args.variant, args.device, repeats, rates):
-            print(json.dumps(row), flush=True)
-        return 0
-    config = {"model": args.model, "interval": INTERVAL, "step": STEP, "repeats": repeats}
-    config |= {"peak_mb": peak_memory_counts(args.device), "nvml_mb": NVML_COUNTS}
-    head = header("step", args.device, config | {"rates": rates, "cycle": cycle})
-    only = args.only or (SMOKE if args.smoke else "")
-    rows: list[dict] = []
-    failed = []
-    for variant in variants_of(args.model, args.device):
-        if not re.search(only, variant):
-            continue
-        new = measure_elsewhere(args.model, variant, args.device, repeats, rates)
-        if not new:
-            failed.append(variant)
-            continue
-        add_rates(new, rates, cycle)
-        rows += new
-        print(*(_line(row) for row in new), sep="\n", flush=True)
-        if args.out:  # after every variant: a run that is cut off keeps what it has
-            write(args.out, head, rows)
-    if failed:
-        print(f"failed, see above: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed) or not rows)
-
-
-def _line(row: dict) -> str:
-    phases = ", ".join(f"{name} {part['seconds']:.4f}" for name, part in row["phases"].items())
-    return (
-        f"{row['variant']:<17}{row['update']:<8}{row['batch']:>4} {row['seconds']:>9.4f} s "
-        f"{row['product_share']:>6.1%} of a product  {row['operators']:>6} operators "
-        f"{row['peak_mb']:>8.0f} MB  ({phases})"
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return "step", config | {"rates": rates, "cycle": cycle}, batches()

@@ -1,24 +1,22 @@
 """What the options that save evaluations do to the digits student: one run each, same seed.
 
-python -m bench.study_options --out bench/results/study_options_cpu.json
-
 Every variant is `mfd-fast distill digits` with the overrides below, the same number of student
 updates and the same evaluation.
 """
 
-import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Generator
 
+from bench.harness import Options
 from mfd_fast.backbones.lanes import trajectory_lanes
 from mfd_fast.distill.registry import make_objective
 from mfd_fast.models.presets import preset
 from mfd_fast.run.config import to_dict
-from mfd_fast.run.environment import environment
 from mfd_fast.run.session import run_distillation
 
 VARIANTS = {
@@ -46,7 +44,7 @@ def evaluations_per_cycle(config) -> float:
     return aux + distill.student_steps + lanes * evaluations_per_lane(config)
 
 
-def run(overrides: dict, updates: int) -> dict:
+def row(name: str, overrides: dict, updates: int) -> dict:
     base = preset("digits")
     config = replace(
         base,
@@ -58,32 +56,18 @@ def run(overrides: dict, updates: int) -> dict:
         results = json.loads((result / "results.json").read_text())
     student = results["table"][-1]
     return {
+        "variant": name,
         "overrides": overrides,
         "seconds": round(results["seconds"], 1),
         "evaluations_per_lane": round(evaluations_per_lane(config), 2),
         "evaluations_per_cycle": round(evaluations_per_cycle(config), 1),
-        "student": student,
+        **{f"student_{key}": value for key, value in student.items()},
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--updates", type=int, default=preset("digits").train.updates)
-    args = parser.parse_args()
-    document = {
-        "study": "options",
-        **environment("cpu"),
-        "config": to_dict(preset("digits")),
-        "updates": args.updates,
-        "variants": {},
-    }
-    for name, overrides in VARIANTS.items():
-        document["variants"][name] = run(overrides, args.updates)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
-        print(name, document["variants"][name], flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
+    base = preset("digits")
+    updates = options.repeats or (2 if options.smoke else base.train.updates)
+    chosen = {name: more for name, more in VARIANTS.items() if options.wants(name)}
+    batches = ([row(name, more, updates)] for name, more in chosen.items())
+    return "study_options", to_dict(base) | {"updates": updates}, batches

@@ -1,4 +1,4 @@
-"""The loops that ``bench.bench_step`` measures: every model at every variant, ready to update.
+"""The loops that ``bench.updates.step`` measures: every model at every variant, ready to update.
 
 All have random weights (digits: the packaged ones), one condition and the same interval (t, r).
 """
@@ -26,8 +26,6 @@ from mfd_fast.flow.solvers import SolverTable, plan
 INTERVAL = (0.6, 0.4)  # ten steps of .02; the SANA preset's own draws ask for 8.6 on average
 STEP = 0.02
 SANA_SIZES = {"sana-tiny": "tiny", "sana-mini": "mini", "sana-1.6b": "1.6b"}
-OCCFM_SIZES = ("occfm-tiny", "occfm-mini", "occfm")  # mini: the published widths, 20 x 20 latents
-MODELS = ("digits", *SANA_SIZES, *OCCFM_SIZES)
 # What every variant changes against the loop; the first seven each keep what is above them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -73,9 +71,14 @@ class Loop:
 class FixedInterval(MeanFlowDistillation):
     """Mean Flow Distillation over one interval, so that all variants do the same work."""
 
+    def __init__(self, config: DistillConfig, interval: tuple[float, float]):
+        super().__init__(config)
+        self.interval = interval
+
     def draw(self, batch: int, generator: Generator) -> SolverTable:
-        t, r = (torch.full((batch,), end) for end in INTERVAL)
-        return plan(t, r, step_size=self.config.step_size, solver=self.config.solver)
+        t, r = (torch.full((batch,), end) for end in self.interval)
+        config, grid = self.config, self.config.grid or None
+        return plan(t, r, step_size=config.step_size, solver=config.solver, grid=grid)
 
 
 class Sequential:
@@ -147,13 +150,6 @@ def variants_of(model: str, device: str) -> list[str]:
     return [name for name in VARIANTS if name not in left_out]
 
 
-def make_updates(model: str, variant: str, device: str) -> dict[str, Callable[[], Any]]:
-    """{"aux", "student"} -> one update of a variant."""
-    loop = make_loop(model, variant, device)
-    loop.finish()
-    return loop.updates
-
-
 def make_loop(model: str, variant: str, device: str) -> Loop:
     """A variant of a model on a device; ``KeyError`` for one that does not exist."""
     if variant in LITERAL:
@@ -168,7 +164,7 @@ def make_loop(model: str, variant: str, device: str) -> Loop:
         use_float8(backbone)
     kind = CapturedDistiller if variant in _captured_variants(device) else Distiller
     distiller = kind(Sequential(backbone) if variant == "sequential" else backbone, config)
-    distiller.objective = FixedInterval(config)
+    distiller.objective = FixedInterval(config, INTERVAL)
     share = adapter_share(backbone, distiller.objective.lanes)
     updates = {
         "aux": lambda: distiller.aux_step(cond),
@@ -185,8 +181,8 @@ def _captured_variants(device: str) -> set[str]:
 
 
 def _literal(model: str, variant: str, device: str) -> Loop:
-    from bench.baseline_eager import GRID, PublishedLoop, make_loop
-    from bench.sana_sizes import SIZES, Published
+    from bench.updates.literal import GRID, PublishedLoop, make_loop
+    from bench.updates.sana_sizes import SIZES, Published
 
     size, dtype = SIZES[SANA_SIZES[model]], working_dtype(device)
     loop, prompt, null = make_loop(size, device=device, dtype=dtype)
@@ -227,7 +223,7 @@ def _sana(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, 
 
 def _diffusers(model: str, device: str, batch: int) -> tuple[Backbone, dict[str, Tensor]]:
     """Text padded to its full length."""
-    from bench.sana_sizes import SIZES, make_prompts, make_transformer
+    from bench.updates.sana_sizes import SIZES, make_prompts, make_transformer
     from mfd_fast.backbones.adapters import AdapterBank
     from mfd_fast.backbones.shared import SharedBackbone
 

@@ -10,18 +10,14 @@ def bench(argv: list[str]) -> None:
     own, rest = options(argv, out="runs/bench", only="", smoke=False)
     no_more(rest, ("--out", "--only", "--smoke"))
     try:
-        from bench import suite, suite_page
+        from bench.__main__ import run
+        from bench.harness import Options
     except ImportError as error:
         raise ValueError(
             f"the benchmarks are in the repository, not in the installed package ({error}): run "
             "mfd-fast bench in a checkout"
         ) from None
-    folder = Path(own.out)
-    if (folder / "report.html").exists():
-        raise ValueError(f"{folder} holds a report already; choose another folder with --out")
-    files, failed = suite.run(suite.benchmarks(own.only, smoke=own.smoke), folder.resolve())
-    if files:
-        print(suite_page.report(files, folder))
-        print(folder / "report.html")
-    if failed:
-        raise ValueError(f"{'; '.join(failed)}: see above")
+    from mfd_fast.cost.devices import here
+
+    chosen = Options(here(), smoke=own.smoke, out=Path(own.out).resolve())
+    print(run([own.only] if own.only else [], chosen))

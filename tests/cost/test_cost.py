@@ -264,7 +264,7 @@ def test_a_wrong_estimate_is_one_sentence(argv, message, capsys):
 
 def test_predicted_memory_is_what_a_process_needed():
     """The RSS of a process of its own; the other cases are in the committed file."""
-    from bench.predicted_memory import CASES, row
+    from bench.predict.predicted_memory import CASES, row
 
     measured = row("occfm-tiny", CASES["occfm-tiny"][1])
     assert abs(measured["ratio"] - 1) < 0.15, measured

@@ -123,7 +123,7 @@ def test_every_operator_is_complete(operator):
     reference = (ROOT / "mfd_fast/ops/reference.py").read_text()
     assert re.search(rf"^def {operator}\(", reference, re.MULTILINE)
     assert (ROOT / f"tests/ops/test_{operator}.py").is_file()
-    assert (ROOT / f"bench/bench_{operator}.py").is_file()
+    assert (ROOT / f"bench/ops/{operator}.py").is_file()
     assert "opcheck" in (ROOT / f"tests/ops/test_{operator}.py").read_text()
 
 
@@ -175,7 +175,7 @@ def test_public_signatures(function):
 
 
 def test_readme_tables_are_what_the_results_say():
-    from bench.report import README, render
+    from bench.pages.readme import README, render
 
     text = README.read_text()
-    assert render(text) == text, "run: python -m bench.report"
+    assert render(text) == text, "run: python -m bench.pages"

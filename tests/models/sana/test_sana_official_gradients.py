@@ -28,7 +28,7 @@ from mfd_fast.flow.solvers import plan
 from mfd_fast.testing.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
-baseline = pytest.importorskip("bench.baseline_eager")
+baseline = pytest.importorskip("bench.updates.literal")
 
 SETTINGS = baseline.OfficialSettings(rank=RANK, alpha=ALPHA)
 CONFIG = DistillConfig(
