@@ -6,28 +6,32 @@ is one sample, and its time per call is reported.  That is the device's time wit
 launch gaps, as the distillation step runs it.  What cannot be captured ends the benchmark, and the
 cases before it are kept.  On the CPU the implementations take turns, one call each, on the same
 inputs.
-
-    python -m bench.bench_interpolate --out bench/results/interpolate_h100.json
-    python -m bench.bench_interpolate --smoke       # any machine: runs the code, checks the numbers
 """
 
-import argparse
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bench.record import header, table, write
+from mfd_fast.cost.devices import copy_bandwidth
+from mfd_fast.testing.numerics import assert_as_accurate
 
-from numerics import assert_as_accurate
-
+ROOT = Path(__file__).resolve().parents[1]
 # CUDA: replays that are timed, and the least number of calls in one, so that its launch is shared.
 REPLAYS = 50
 MIN_CALLS = 10
@@ -36,32 +40,130 @@ MAX_COPIES = 512
 # Seconds of warm-up and, on the CPU, of measuring, for one implementation of one case.
 WARMUP_S = 0.2
 CPU_SECONDS = 0.5
-COPY_BYTES = 256 << 20
+SMOKE_COPY_BYTES = 1 << 20
+
+# Elements of a sample: SANA 32 channels x 32 x 32; OccFM 12 frames x 16 x 50 x 50.
+SANA_ELEMENTS, OCCFM_ELEMENTS = 32 * 32 * 32, 12 * 16 * 50 * 50
+# (name, batch, elements of a sample)
+LATENTS = [(f"sana-1024 x{batch}", batch, SANA_ELEMENTS) for batch in (1, 3, 12)]
+LATENTS += [("occfm x8", 8, OCCFM_ELEMENTS)]
+
+Implementations = dict[str, Callable[..., object]]
+
+
+class BenchmarkError(ValueError):
+    """Something was not measured; what was is kept."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of every benchmark.
+
+    repeats: timed updates or cycles of a row; 0: the benchmark's own number.
+    """
+
+    device: str = "cpu"
+    smoke: bool = False
+    only: str = ""
+    with_compile: bool = True
+    repeats: int = 0
+    out: Path | None = None
+
+    def wants(self, case: str) -> bool:
+        """Whether ``--only`` finds the case's name."""
+        return bool(re.search(self.only, case))
 
 
 @dataclass(frozen=True)
 class Case:
     """One shape and dtype of an operator.
 
-    ``inputs`` makes fresh positional arguments of every implementation; ``bytes_moved`` is the
-    traffic that the operator's docstring counts, once.  ``exact`` is run on the inputs in float64
-    to verify the implementations by the tolerance rule; without it they must be finite and shaped
-    like eager's.  An operator that writes in place returns what it wrote.
+    ``inputs`` makes fresh positional arguments, and the gradient of the result after them where the
+    operator is trained; ``bytes_moved`` is the traffic that the operator's docstring counts, once.
     """
 
     shape: str
-    dtype: str
-    impls: dict[str, Callable[..., object]]
+    dtype: torch.dtype
     inputs: Callable[[], tuple]
     bytes_moved: int
     flops: int = 0
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What ``bench/ops/NAME.py`` declares.
+
+    cases: of a device, all or the small ones.
+    eager: as one would write it in PyTorch; it is compiled too.
+    exact: run in float64 to verify the others by the tolerance rule; ``eager`` if None.  Without
+        ``has_exact`` they must be finite and shaped like eager's.  What writes in place returns it.
+    trained: arguments whose gradients a training case takes.
+    device_call: ``(kernel, *inputs)``: how the Triton and the compiled CUDA implementation, called
+        ``kernel`` (the operator's name if left out), are timed beside the one that is chosen.
+    others: further implementations, forward only.
+    """
+
+    cases: Callable[[str, bool], Iterator[Case]]
+    eager: Callable[..., object]
+    ours: Callable[..., object]
     exact: Callable[..., object] | None = None
+    has_exact: bool = True
+    trained: tuple[str, ...] = ()
+    suffix: str = " train"
+    kernel: str = ""
+    device_call: Callable[..., object] | None = None
+    others: Implementations = field(default_factory=dict)
+
+    def implementations(self, name: str, case: Case, options: Options) -> Implementations:
+        """Name -> what is timed; "eager" first."""
+        found: Implementations = {"eager": self.eager}
+        found |= {} if case.train else self.others
+        if options.with_compile and not options.smoke:
+            found["compile"] = torch.compile(self.eager, dynamic=False)
+        found["ours"] = self.ours
+        if options.device == "cuda" and self.device_call is not None:
+            kernel = self.kernel or name
+            triton = getattr(import_module(f"mfd_fast.kernels.{name}"), kernel)
+            found["ours-triton"] = partial(self.device_call, triton)
+            if cuda := compiled_cuda(kernel):
+                found["ours-cuda"] = partial(self.device_call, cuda)
+        return {key: self._run(run, case) for key, run in found.items()}
+
+    def name_of(self, case: Case) -> dict[str, str]:
+        """The columns that name a case."""
+        shape = case.shape + self.suffix * case.train
+        return {"shape": shape, "dtype": str(case.dtype).removeprefix("torch.")}
+
+    def exact_of(self, case: Case) -> Callable[..., object] | None:
+        """What the implementations of a case are held to."""
+        return self._run(self.exact or self.eager, case) if self.has_exact else None
+
+    def inputs(self, case: Case) -> tuple:
+        """Fresh arguments of an implementation."""
+        made = case.inputs()
+        if not self.trained:
+            return made
+        if not case.train:
+            return made[:-1]
+        pairs = zip(signature(self.eager).parameters, made[:-1], strict=True)
+        wants = self.trained
+        return *(x.detach().requires_grad_() if arg in wants else x for arg, x in pairs), made[-1]
+
+    def _run(self, run: Callable[..., object], case: Case) -> Callable[..., object]:
+        return partial(gradients, run) if case.train else run
+
+
+def gradients(forward: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+    """Those of the inputs that want one; the last input is the gradient of the result."""
+    *inputs, grad = inputs
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return torch.autograd.grad(forward(*inputs), leaves, grad)
 
 
 def compiled_cuda(name: str) -> Callable[..., object] | None:
     """The compiled CUDA operator ``_<name>_cuda``, or None if the extension has none."""
-    private = f"_{name.lstrip('_')}_cuda"
-    operator = getattr(torch.ops.mfd_fast, private, None)
+    operator = getattr(torch.ops.mfd_fast, f"_{name.lstrip('_')}_cuda", None)
     if operator is None or not operator.default.has_kernel_for_dispatch_key("CUDA"):
         return None
     return operator
@@ -80,32 +182,32 @@ def _widen(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
-def verify(case: Case) -> None:
+def verify(
+    impls: Implementations,
+    inputs: Callable[[], tuple],
+    exact: Callable[..., object] | None,
+    where: str,
+) -> None:
     """``AssertionError`` that names the implementation, unless all agree with "eager"."""
-    eager = _tensors(case.impls["eager"](*_seeded(case.inputs)))
-    exact = None
-    if case.exact is not None:
-        exact = _tensors(case.exact(*tree_map_only(Tensor, _widen, _seeded(case.inputs))))
-        assert len(exact) == len(eager), f"exact gives {len(exact)} tensors, eager {len(eager)}"
-    for name, fn in case.impls.items():
-        where = f"{name} at {case.shape} {case.dtype}"
-        ours = _tensors(fn(*_seeded(case.inputs)))
-        assert len(ours) == len(eager), f"{where}: {len(ours)} tensors, eager gives {len(eager)}"
+    eager, wide = _tensors(impls["eager"](*_seeded(inputs))), None
+    if exact is not None:
+        wide = _tensors(exact(*tree_map_only(Tensor, _widen, _seeded(inputs))))
+        assert len(wide) == len(eager), f"exact gives {len(wide)} tensors, eager {len(eager)}"
+    for name, fn in impls.items():
+        ours = _tensors(fn(*_seeded(inputs)))
+        assert len(ours) == len(eager), f"{name} at {where}: {len(ours)} tensors, not {len(eager)}"
         for i, (actual, expected) in enumerate(zip(ours, eager, strict=True)):
-            assert actual.shape == expected.shape, (
-                f"{where}: {actual.shape} is not {expected.shape}"
-            )
-            assert torch.isfinite(actual).all(), f"{where}: output {i} is not finite"
-            if exact is None:
-                continue
             try:
-                assert_as_accurate(actual, expected, exact[i])
+                assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+                assert torch.isfinite(actual).all(), "not finite"
+                if wide is not None:
+                    assert_as_accurate(actual, expected, wide[i])
             except AssertionError as error:
-                raise AssertionError(f"{where}: output {i}: {error}") from None
+                raise AssertionError(f"{name} at {where}: output {i}: {error}") from None
 
 
 def measure(
-    impls: dict[str, Callable[..., object]], inputs: Callable[[], tuple], device: str
+    impls: Implementations, inputs: Callable[[], tuple], device: str
 ) -> dict[str, tuple[list[float], str]]:
     """Microseconds per call of every implementation, and how taken ("graph", "cpu")."""
     if torch.device(device).type == "cpu":
@@ -114,7 +216,7 @@ def measure(
     return {name: (_measure_cuda(fn, copies), "graph") for name, fn in impls.items()}
 
 
-def _measure_cpu(impls: dict[str, Callable[..., object]], args: tuple) -> dict[str, list[float]]:
+def _measure_cpu(impls: Implementations, args: tuple) -> dict[str, list[float]]:
     calls = MIN_CALLS
     for fn in impls.values():
         deadline = time.perf_counter() + WARMUP_S
@@ -179,93 +281,117 @@ def _replay_times(replay: Callable[[], object]) -> list[float]:
     return [begin.elapsed_time(end) * 1e3 for begin, end in events]
 
 
-def copy_bandwidth(device: str, num_bytes: int = COPY_BYTES) -> float:
-    """Bytes per second of ``torch.Tensor.copy_`` on this device, reads and writes counted."""
-
-    def buffers() -> tuple[Tensor, Tensor]:
-        source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-        return source, torch.zeros_like(source)
-
-    samples, _ = measure({"eager": lambda src, dst: dst.copy_(src)}, buffers, device)["eager"]
-    return 2 * num_bytes / (median(samples) * 1e-6)
+def spread(samples: list[float], key: str, scale: float, digits: int) -> dict[str, float]:
+    """Median, p10 and p90 of seconds (or of what ``scale`` makes of them), as columns."""
+    tenths = quantiles([*samples, *samples], n=10, method="inclusive")
+    values = {key: median(samples), f"{key}_p10": tenths[0], f"{key}_p90": tenths[-1]}
+    return {name: round(scale * value, digits) for name, value in values.items()}
 
 
-def _row(
-    case: Case, impl: str, samples: list[float], timing: str, eager_us: float, copy: float
-) -> dict:
-    mid = median(samples)
-    tenths = quantiles(samples, n=10) if len(samples) > 1 else [mid] * 9
-    bandwidth = case.bytes_moved / (mid * 1e-6)
-    return {
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "impl": impl,
-        "us": round(mid, 2),
-        "us_p10": round(tenths[0], 2),
-        "us_p90": round(tenths[-1], 2),
-        "gb_s": round(bandwidth / 1e9, 1),
-        "tflop_s": round(case.flops / (mid * 1e-6) / 1e12, 2) if case.flops else None,
-        "speedup": round(eager_us / mid, 3),
-        "copy_fraction": round(bandwidth / copy, 3),
-        "bytes_moved": case.bytes_moved,
-        "samples": len(samples),
-        "timing": timing,
-    }
+def timed(
+    updates: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str,
+    *,
+    warmup: int = 0,
+    least: float = 0.0,
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, CPU seconds of the process) of every update; they take turns.
+
+    ``warmup`` calls are not counted; ``least``: go on until that many seconds of each are.
+    """
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
+    spent, turn = 0.0, -warmup
+    while turn < repeats or spent < least:
+        for name, update in updates.items():
+            start, used = time.perf_counter(), time.process_time()
+            update()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - start, time.process_time() - used
+            if turn >= 0:
+                samples[name].append(taken)
+                spent += taken[0] / len(updates)
+        turn += 1
+    return samples
 
 
-def run_case(case: Case, device: str, copy: float) -> list[dict]:
-    """Verify, then time every implementation of one case; one row each."""
-    torch.compiler.reset()  # else the ninth shape would silently run uncompiled
-    verify(case)
-    results = measure(case.impls, case.inputs, device)
-    eager_us = median(results["eager"][0])
-    return [_row(case, name, us, how, eager_us, copy) for name, (us, how) in results.items()]
+def elsewhere(function: Callable[..., Any], *arguments: Any, **env: str) -> Any:
+    """What ``function(*arguments)`` gives in a process of its own, by way of JSON.
 
-
-def _keep(case: Case, with_compile: bool) -> Case:
-    impls = {k: v for k, v in case.impls.items() if with_compile or not k.startswith("compile")}
-    return Case(**{**vars(case), "impls": impls})
-
-
-def main(
-    op: str, cases: Callable[[str, bool], Iterator[Case]], argv: list[str] | None = None
-) -> int:
-    """The command line of every benchmark file; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.bench_{op}", description=f"Times {op}.")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--smoke", action="store_true", help="small shapes, no torch.compile")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument(
-        "--only", default="", help="a regex: only cases whose 'shape dtype' it finds"
+    ``BenchmarkError`` if it fails; why is on stderr.
+    """
+    code = (
+        f"import json; from {function.__module__} import {function.__name__} as run; "
+        f"print(json.dumps(run(*{arguments!r})))"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise BenchmarkError(f"{function.__name__} failed with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
-    copy = copy_bandwidth(args.device, (1 << 20) if args.smoke else COPY_BYTES)
+
+def rows_of(name: str, operator: Operator, case: Case, options: Options, copy: float) -> list[dict]:
+    """Verify, then time every implementation of one case; a row each.
+
+    ``copy``: bytes a second of a large copy.
+    """
+    torch.compiler.reset()  # else the ninth shape would silently run uncompiled
+    impls, inputs = operator.implementations(name, case, options), partial(operator.inputs, case)
+    where = operator.name_of(case)
+    verify(impls, inputs, operator.exact_of(case), " ".join(where.values()))
+    results, rows = measure(impls, inputs, options.device), []
+    for impl, (samples, timing) in results.items():
+        seconds = median(samples) * 1e-6
+        rate = case.bytes_moved / seconds
+        rows.append(
+            {
+                **where,
+                "impl": impl,
+                **spread(samples, "us", 1.0, 2),
+                "gb_s": round(rate / 1e9, 1),
+                "tflop_s": round(case.flops / seconds / 1e12, 2) if case.flops else None,
+                "speedup": round(median(results["eager"][0]) * 1e-6 / seconds, 3),
+                "copy_fraction": round(rate / copy, 3),
+                "bytes_moved": case.bytes_moved,
+                "samples": len(samples),
+                "timing": timing,
+            }
+        )
+    return rows
+
+
+def benchmark(options: Options, name: str) -> tuple[str, dict, Iterator[list[dict]]]:
+    """The operator that ``bench/ops/NAME.py`` declares."""
+    operator: Operator = import_module(f"bench.ops.{name}").OPERATOR
+    copy = copy_bandwidth(options.device, SMOKE_COPY_BYTES if options.smoke else 0)
     config = {
         "replays": REPLAYS,
         "min_calls": MIN_CALLS,
         "warmup_s": WARMUP_S,
         "cpu_seconds": CPU_SECONDS,
-        "smoke": args.smoke,
-        "only": args.only,
+        "smoke": options.smoke,
+        "only": options.only,
         "copy_gb_s": round(copy / 1e9, 1),
     }
-    head = header(op, args.device, config)
-    rows: list[dict] = []
-    status = 0
-    for case in cases(args.device, args.smoke):
-        if not re.search(args.only, f"{case.shape} {case.dtype}"):
-            continue
-        with_compile = not (args.smoke or args.no_compile)
-        try:
-            new = run_case(_keep(case, with_compile), args.device, copy)
-        except AssertionError as error:  # wrong numbers are not timed; the other cases are
-            print(f"WRONG: {error}", flush=True)
-            status = 1
-            continue
-        print(table(new, with_header=not rows), flush=True)
-        rows += new
-        if args.out:  # after every case: a run that is cut off keeps what it has
-            write(args.out, head, rows)
-    return status
+
+    def batches() -> Iterator[list[dict]]:
+        wrong = []
+        for case in operator.cases(options.device, options.smoke):
+            if not options.wants(" ".join(operator.name_of(case).values())):
+                continue
+            try:
+                yield rows_of(name, operator, case, options, copy)
+            except AssertionError as error:  # wrong results are not timed; the other cases are
+                wrong.append(str(error))
+        if wrong:
+            raise BenchmarkError("; ".join(wrong))
+
+    return name, config, batches()

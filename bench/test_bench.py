@@ -1,73 +1,66 @@
-"""``pytest bench --benchmark-only``: small cases of the operators' benchmarks, and whole updates.
+"""``pytest bench --benchmark-only``: small cases of the operators, and whole updates.
 
-The updates are those of digits and of a tiny SANA, the variants of ``bench.bench_step`` that this
-install has and that share a process; on a GPU of SANA 1.6B too.
+The updates are those of digits and of a tiny SANA, the variants that this install has and that
+share a process; on a GPU of SANA 1.6B too.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench.harness import Case, verify
-from bench.step_loops import make_updates, variants_of
+from bench.__main__ import OPERATORS
+from bench.harness import Options, verify
+from bench.updates.variants import make_loop, variants_of
+from mfd_fast.cost.devices import here
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODELS = ("digits", "sana-tiny", *(("sana-1.6b",) if DEVICE == "cuda" else ()))
+OPTIONS = Options(here(), smoke=True)
+MODELS = ("digits", "sana-tiny", *(("sana-1.6b",) if OPTIONS.device == "cuda" else ()))
 # No small cases: text encoder and pictures, compilation; operators are chosen once a process.
 LEFT_OUT = ("published", "literal compiled", "prepared")
 ROUNDS = {"cpu": 3, "cuda": 10}
 WARMUP = {"cpu": 1, "cuda": 5}  # updates that are not counted; on a GPU graphs are captured in them
 
 
-def _params() -> Iterator:
-    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
-        module = import_module(f"bench.{path.stem}")
-        if not hasattr(module, "cases"):
-            continue
-        for case in module.cases(DEVICE, True):
-            for impl in case.impls:
-                if not impl.startswith("compile"):
-                    name = f"{module.OP}-{case.shape}-{case.dtype}-{impl}".replace(" ", "_")
-                    yield pytest.param(case, impl, id=name)
+def _cases() -> Iterator:
+    for name in OPERATORS:
+        operator = import_module(f"bench.ops.{name}").OPERATOR
+        for case in operator.cases(OPTIONS.device, True):
+            impls = operator.implementations(name, case, OPTIONS)
+            for impl, run in impls.items():
+                words = "-".join((name, *operator.name_of(case).values(), impl)).replace(" ", "_")
+                inputs, kept = partial(operator.inputs, case), {"eager": impls["eager"], impl: run}
+                check = partial(verify, kept, inputs, operator.exact_of(case), words)
+                yield pytest.param(run, inputs, check, id=words)
 
 
 def _updates() -> Iterator:
     for model in MODELS:
-        for variant in variants_of(model, DEVICE):
-            if variant not in LEFT_OUT:
-                for role in ("aux", "student"):
-                    name = f"{model}-{variant}-{role}".replace(" ", "_")
-                    yield pytest.param(model, variant, role, id=name)
+        for variant in variants_of(model, OPTIONS.device):
+            for role in () if variant in LEFT_OUT else ("aux", "student"):
+                name = f"{model}-{variant}-{role}".replace(" ", "_")
+                yield pytest.param(model, variant, role, id=name)
 
 
-@pytest.mark.parametrize(("case", "impl"), list(_params()))
-def test_bench(benchmark, case: Case, impl: str):
-    keep = {"eager": case.impls["eager"], impl: case.impls[impl]}
-    verify(Case(**{**vars(case), "impls": keep}))
-    args = case.inputs()
+def _waited(run: Callable, *args: object) -> None:
+    run(*args)
+    if OPTIONS.device == "cuda":
+        torch.cuda.synchronize()
 
-    def call() -> None:
-        case.impls[impl](*args)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.extra_info["bytes_moved"] = case.bytes_moved
-    benchmark(call)
+@pytest.mark.parametrize(("run", "inputs", "check"), list(_cases()))
+def test_bench(benchmark, run: Callable, inputs: Callable, check: Callable):
+    check()
+    benchmark(_waited, run, *inputs())
 
 
 @pytest.mark.parametrize(("model", "variant", "role"), list(_updates()))
 def test_update(benchmark, model: str, variant: str, role: str):
     gc.collect()  # of the update before: a SANA 1.6B is gigabytes, and its closures are cycles
     torch.manual_seed(0)
-    update = make_updates(model, variant, DEVICE)[role]
-
-    def call() -> None:
-        update()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(call, rounds=ROUNDS[DEVICE], warmup_rounds=WARMUP[DEVICE])
+    loop, device = make_loop(model, variant, OPTIONS.device), OPTIONS.device
+    update = partial(_waited, loop.updates[role])
+    benchmark.pedantic(update, rounds=ROUNDS[device], warmup_rounds=WARMUP[device])

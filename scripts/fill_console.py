@@ -1,6 +1,6 @@
 """Make the console blocks of docs/cost.md anew: what their commands print now.
 
-    python scripts/fill_console.py
+    python -m scripts.fill_console
 
 Of a command's output a block keeps the lines that begin with the same word as one that it shows.
 """
@@ -9,8 +9,9 @@ import contextlib
 import io
 import re
 import shlex
-import sys
 from pathlib import Path
+
+from mfd_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/cost.md"
@@ -23,8 +24,6 @@ def filled(text: str) -> str:
 
 
 def _block(command: str, shown: str) -> str:
-    from mfd_fast import cli
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         status = cli.main(shlex.split(command)[1:])
@@ -36,5 +35,4 @@ def _block(command: str, shown: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     PAGE.write_text(filled(PAGE.read_text()))

@@ -6,7 +6,7 @@
 #   scripts/gpu_check.sh OUT STAGE...  these only
 #
 # Everything goes straight into OUT, at most eight files: log.txt, and what each stage measured, in
-# the form that `python scripts/gpu_results.py OUT bench/results` turns into files to commit.
+# the form that `python -m scripts.gpu_results OUT bench/results` turns into files to commit.
 #
 # PYTHON       a Python with torch >= 2.11, triton, numpy, safetensors, pytest, cmake and ninja
 #              (default: python3); with pytest-xdist the tests are run in parallel, with diffusers,
@@ -75,14 +75,14 @@ run() {  # NAME EXPECTED LIMIT COMMAND...: seconds it should take, and may; neve
 }
 
 # What differs in a dry run: the device, and how much there is to do.
-on="--device cuda" model=sana-1.6b preset=sana-1.6b built=$PWD/mfd_fast
+on="--device cuda" model=sana_1_6b preset=sana_1_6b built=$PWD/mfd_fast
 headline="literal|captured"
 cuda=(-DMFD_CUDA=ON "-DMFD_CUDA_ARCHS=$arch")
 graphs=(-m gpu tests/distill/test_graphs.py) first=(-m gpu tests/backbones/test_float8.py)
 tests=(-m gpu tests --ignore tests/distill/test_graphs.py --ignore tests/backbones/test_float8.py)
 kept="--repeats 3" operators=(--no-compile --only "x3.* bfloat16")
 if [ "$dry" = 1 ]; then
-  on="--device cpu" model=sana-tiny preset=digits built=$work
+  on="--device cpu" model=sana_tiny preset=digits built=$work
   headline="literal|fused"
   cuda=(-DMFD_CUDA=OFF)
   graphs=(tests/distill/test_graphs.py) first=(tests/backbones/test_float8.py -k product) tests=(tests/ops/test_interpolate.py)
@@ -103,8 +103,7 @@ stage_graphs() {  # a capture that fails spoils its process, so they have one of
 }
 
 step() {  # NAME EXPECTED LIMIT VARIANTS: cycles an hour, memory, launches, waits
-  run "$1" "$2" "$3" "$python" -m bench.bench_step --model "$model" $on $kept --only "$4" \
-    --out "$out/$1.json"
+  run "$1" "$2" "$3" "$python" -m bench "step_$model" $on $kept --only "$4" --out "$out"
 }
 
 stage_headline() { step headline 130 220 "^($headline)\$"; }
@@ -117,25 +116,24 @@ stage_tests() {
 }
 
 stage_profile() {
-  run profile 60 120 "$python" -m bench.cycles profile "$preset" $on --cycles 1 \
-    --trace "$out/trace.json.gz" --out "$out/profile.json"
+  run profile 60 120 "$python" -m bench "profile_$preset" $on --repeats 1 --out "$out"
 }
 
 stage_operators() {
   local op
   for op in glu_depthwise linear_attention segmented_lora; do
-    run "$op" 14 60 "$python" -m "bench.bench_$op" $on "${operators[@]}" --out "$out/$op.json"
+    run "$op" 14 60 "$python" -m bench "$op" $on "${operators[@]}" --out "$out"
   done
 }
 
 stage_memcheck() {  # without torch's cache every tensor has bounds of its own
-  local launch=("$python" scripts/launch_every_kernel.py $on) tool=()
+  local launch=("$python" -m scripts.launch_every_kernel $on) tool=()
   [ "$dry" = 1 ] || tool=(compute-sanitizer --tool memcheck --error-exitcode 9)
   run launch 15 60 "${launch[@]}"  # fills Triton's cache
   run memcheck 45 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" "${launch[@]}"
 }
 
 for stage in "$@"; do "stage_$stage"; done
-"$python" scripts/gpu_results.py "$out" | tee -a "$out/log.txt"
+"$python" -m scripts.gpu_results "$out" | tee -a "$out/log.txt"
 [ "$failed" = 0 ] && say "gpu check: passed" || say "gpu check: failed"
 exit $failed

@@ -1,18 +1,15 @@
 """Launches every operator once, forward and backward, on small ragged shapes; for the sanitizers.
 
-compute-sanitizer --tool memcheck python scripts/launch_every_kernel.py
-MFD_FAST_BACKEND=triton python scripts/launch_every_kernel.py     # the Triton kernels instead
-python scripts/launch_every_kernel.py --device cpu                # are the calls valid?
+compute-sanitizer --tool memcheck python -m scripts.launch_every_kernel
+MFD_FAST_BACKEND=triton python -m scripts.launch_every_kernel     # the Triton kernels instead
+python -m scripts.launch_every_kernel --device cpu                # are the calls valid?
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mfd_fast import ops
 

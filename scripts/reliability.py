@@ -1,7 +1,7 @@
 """Runs that are killed, damaged, starved and doubled, counted.
 
-python scripts/reliability.py --preset digits          adds to bench/results/reliability_cpu.json
-python scripts/reliability.py --render                 writes the table of docs/reliability.md
+python -m scripts.reliability --preset digits          adds to bench/results/reliability_cpu.json
+python -m scripts.reliability --render                 writes the table of docs/reliability.md
 
 Every run is a real process of ``mfd-fast distill`` that trains and leaves out the evaluation.  A
 full disk and a read-only folder are a small tmpfs, which only root may mount: without, those rows
@@ -27,20 +27,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from bench import results
+from mfd_fast import cli
+from mfd_fast.run import checkpoint
+from mfd_fast.run import session as runner
+from mfd_fast.run.checkpoint import DamagedCheckpointError, checkpoints_in, read
+from mfd_fast.run.checkpoint_writer import Checkpointer
+from mfd_fast.run.folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from bench import record  # noqa: E402  (the script is run by its path)
-from mfd_fast import cli  # noqa: E402
-from mfd_fast.run import checkpoint  # noqa: E402
-from mfd_fast.run import session as runner  # noqa: E402
-from mfd_fast.run.checkpoint import DamagedCheckpointError, checkpoints_in, read  # noqa: E402
-from mfd_fast.run.checkpoint_writer import Checkpointer  # noqa: E402
-from mfd_fast.run.folder import RunFolder  # noqa: E402
-
 RESULTS = ROOT / "bench/results/reliability_cpu.json"
 PAGE = ROOT / "docs/reliability.md"
-BEGIN, END = "<!-- table: python scripts/reliability.py --render -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python -m scripts.reliability --render -->", "<!-- end of table -->"
 KILLS, CORRUPTIONS, NUM_TIMED = 25, 200, 20
 SHORT = ["--train.updates", "30", "--train.batch-size", "8", "--train.log-every", "5",
          "--train.checkpoint-every", "3", "--distill.aux-updates", "2",
@@ -69,9 +67,10 @@ class Runs:
         return ["distill", self.name, "--out", str(out), *SHORT, *self.settings, *more]
 
     def start(self, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-        words = [*(launcher or (sys.executable,)), __file__, "--child", *self.command(out, *more)]
+        words = [*(launcher or (sys.executable,)), "-m", "scripts.reliability", "--child"]
+        words += self.command(out, *more)
         log = (self.folder / "log.txt").open("a")
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     def resume(self, out: Path) -> bool:
         """Continue a run to its end; whether it ended as the reference."""
@@ -319,7 +318,7 @@ def main() -> int:
         new = {(row["preset"], row["check"]): row for row in rows}
         kept = {(row["preset"], row["check"]): row for row in old}
         rows = list((kept | new).values())
-        record.write(RESULTS, record.header("reliability", "cpu", {"settings": SHORT}), rows)
+        results.write(RESULTS, results.header("reliability", "cpu", {"settings": SHORT}), rows)
     if args.render:
         PAGE.write_text(render(PAGE.read_text()))
     return 0

@@ -2,7 +2,7 @@
 
     seconds of a phase = seconds at the device's rates / share + operators x host
 
-``share`` and ``host`` of every phase come from the updates that ``bench.bench_step`` measured on a
+``share`` and ``host`` of every phase come from updates that ``bench.updates.step`` measured on a
 device at several batch sizes, by non-negative least squares of the relative error.
 """
 

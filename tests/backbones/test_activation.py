@@ -6,13 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import Alive, Count, Saved
 from torch import nn
 
 from mfd_fast import AUX, STUDENT, AdapterBank, SharedBackbone
 from mfd_fast.backbones.activation import POLICIES, apply_activation_policy
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Alive, Count, Saved
+from mfd_fast.testing.numerics import assert_as_accurate
 
 WIDTH, TOKENS, HEADS = 192, 32, 4  # wider than MIN_KEPT_LENGTH: its projections are kept
 

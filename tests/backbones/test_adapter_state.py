@@ -16,8 +16,7 @@ from small_networks import (
 from torch import nn
 
 from mfd_fast import AdapterBank
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 
 def test_a_new_adapter_is_gaussian_and_changes_nothing():

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from counting import Count
 from small_networks import ALPHA, RANK, TARGETS, ImageNetwork, image_inputs, make_bank
 from torch import nn
 
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Count
+from mfd_fast.testing.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a .peft_config")  # two adapters
 

@@ -16,8 +16,7 @@ from mfd_fast import (
 )
 from mfd_fast.backbones.lanes import TEACHER, TEACHER_UNCOND, guided_lanes
 from mfd_fast.baselines.batch import Fields
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 W = 4.0
 

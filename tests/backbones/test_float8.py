@@ -19,8 +19,7 @@ from mfd_fast.backbones.lanes import TEACHER, CopiedBackbone
 from mfd_fast.cost.trace import Trace
 from mfd_fast.ops import quantize_rows
 from mfd_fast.run.float8_error import float8_summary, velocity_error
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 FACTOR = 2.0**-4 + 2.0**-20  # relative error of a factor: round to nearest, and float32 on the way
 SMALL = {"min_side": 1, "min_outputs": 16}  # every product of a small network pays

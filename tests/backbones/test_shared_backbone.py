@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from counting import Count
 from small_networks import (
     NETWORKS,
     SAMPLE_SHAPE,
@@ -26,8 +25,8 @@ from mfd_fast import (
     SharedBackbone,
 )
 from mfd_fast.distill.objectives import make_objective
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Count
+from mfd_fast.testing.numerics import assert_as_accurate
 
 TRIPLE = (TEACHER, TEACHER_UNCOND, AUX)
 

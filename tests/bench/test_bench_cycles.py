@@ -1,14 +1,15 @@
 """bench/cycles.py: what ``estimate`` and ``profile`` show, without a checkpoint."""
 
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from torch.utils._pytree import tree_leaves
 
-from bench import cycles
+from bench.harness import Options
+from bench.predict import cycles
+from bench.results import record
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 
@@ -27,13 +28,11 @@ def test_what_runs_is_what_is_predicted(name):
         assert [p.shape for p in ours] == [p.shape for p in theirs]
 
 
-def command(monkeypatch, tmp_path, *arguments: str) -> dict:
-    """The result that a command leaves."""
-    out = tmp_path / "result.json"
-    argv = ["cycles", *arguments, "--device", "cpu", "--cycles", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert cycles.main() == 0
-    return json.loads(out.read_text())
+def result_of(tmp_path, what: str, name: str) -> dict:
+    """The result that a benchmark leaves."""
+    options = Options(repeats=1, out=tmp_path)
+    record(cycles.benchmark(options, what, name), options, tmp_path / "result.json")
+    return json.loads((tmp_path / "result.json").read_text())
 
 
 def test_an_estimate_is_set_beside_what_was_measured(monkeypatch, tmp_path):
@@ -44,7 +43,7 @@ def test_an_estimate_is_set_beside_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(cycles, "measured_phases", lambda *_, cycles: taken)
     monkeypatch.setattr(cycles, "text", lambda run: "")
     monkeypatch.setattr(cycles, "side_by_side", lambda run, taken: "")
-    result = command(monkeypatch, tmp_path, "estimate", "sana-tiny")
+    result = result_of(tmp_path, "estimate", "sana-tiny")
     assert result["op"] == "estimate" and result["config"]["preset"] == "sana-tiny"
     assert "measured" in result["config"]["rates"]
     assert [tuple(row.values()) for row in result["rows"]] == [
@@ -54,10 +53,9 @@ def test_an_estimate_is_set_beside_what_was_measured(monkeypatch, tmp_path):
     ]
 
 
-def test_a_profile_has_phases_and_their_families(monkeypatch, tmp_path):
-    trace = tmp_path / "trace.json.gz"
-    result = command(monkeypatch, tmp_path, "profile", "sana-tiny", "--trace", str(trace))
-    assert trace.read_bytes()[:2] == b"\x1f\x8b"  # gzip
+def test_a_profile_has_phases_and_their_families(tmp_path):
+    result = result_of(tmp_path, "profile", "sana-tiny")
+    assert (tmp_path / "trace.json.gz").read_bytes()[:2] == b"\x1f\x8b"  # gzip
     assert [row["phase"].split("/")[0] for row in result["rows"]] == ["aux"] * 4 + ["student"] * 4
     assert all(row["ms"] > 0 and "product" in row["families_ms"]
                for row in result["rows"] if "optimizer" not in row["phase"])  # fmt: skip

@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from bench import baseline_eager, bench_sana
-from bench.sana_sizes import EMPTY_TOKENS, MAX_TOKENS, SIZES, Published
+from bench.harness import Options
+from bench.results import record
+from bench.updates import literal, sana_literal
+from bench.updates.sana_sizes import EMPTY_TOKENS, MAX_TOKENS, SIZES, Published
 from mfd_fast.backbones.lanes import trajectory_lanes
 from mfd_fast.models import preset
 from mfd_fast.models.sana.text.trim import trim_text
@@ -18,8 +20,8 @@ TINY = SIZES["tiny"]
 
 
 def test_both_sides_are_one_network():
-    loop, prompt, null = baseline_eager.make_loop(TINY)
-    ours = bench_sana.make_ours(loop, null, TINY.sample_shape, (80, 40))
+    loop, prompt, null = literal.make_loop(TINY)
+    ours = sana_literal.make_ours(loop, null, TINY.sample_shape, (80, 40))
     theirs = {
         key.replace(".base_layer", ""): value
         for key, value in loop.transformer.state_dict().items()
@@ -35,21 +37,19 @@ def test_both_sides_are_one_network():
 
 def test_the_official_preset_is_the_literal_loops_settings():
     ours = preset("sana-1.6b-official")
-    literal = bench_sana.official_config(baseline_eager.OfficialSettings())
+    theirs = sana_literal.official_config(literal.OfficialSettings())
     differing = {
         field.name
-        for field in dataclasses.fields(literal)
-        if getattr(literal, field.name) != getattr(ours.distill, field.name)
+        for field in dataclasses.fields(theirs)
+        if getattr(theirs, field.name) != getattr(ours.distill, field.name)
     }
     assert differing == {"aux_updates", "student_updates"}  # the cycle, not one update
     assert (ours.sana.rank, ours.sana.alpha) == (64, 64.0)
 
 
-def test_result_file(tmp_path, monkeypatch):
-    out = tmp_path / "result.json"
-    argv = ["bench_sana", "--size", "tiny", "--repeats", "2", "--interval", "80", "40"]
-    monkeypatch.setattr("sys.argv", [*argv, "--out", str(out)])
-    assert bench_sana.main() == 0
+def test_result_file(tmp_path):
+    out, options = tmp_path / "result.json", Options(smoke=True)
+    record(sana_literal.benchmark(options), options, out)
     result = json.loads(out.read_text())
     assert [(row["update"], row["impl"]) for row in result["rows"]] == [
         (update, impl) for update in ("aux", "student") for impl in ("literal", "ours")
@@ -60,7 +60,7 @@ def test_result_file(tmp_path, monkeypatch):
 
 def test_the_published_loop_encodes_and_decodes():
     torch.manual_seed(0)
-    loop, _, _ = baseline_eager.make_loop(TINY)
+    loop, _, _ = literal.make_loop(TINY)
     besides = Published(TINY)
     for (text, mask), real in (
         (besides.encode(*besides.prompt()), TINY.prompt_tokens),
@@ -73,7 +73,7 @@ def test_the_published_loop_encodes_and_decodes():
     besides.write_image = lambda latents: written.append(write_image(latents))
     student = loop.parameters_of("student").values()
     before = [p.detach().clone() for p in student]
-    published = baseline_eager.PublishedLoop(loop, besides)
+    published = literal.PublishedLoop(loop, besides)
     noise = torch.randn(1, *TINY.sample_shape)
     assert published.aux_update(noise) > 0
     published.student_update(noise, (80, 40))

@@ -10,23 +10,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_step, harness, performance, roofline, sana_mini, step_loops, waterfall
+from bench import harness
+from bench.__main__ import main
+from bench.pages import performance, waterfall
+from bench.predict import roofline
+from bench.results import RESULTS
+from bench.updates import networks, step, variants
 from mfd_fast.backbones.lanes import AUX, TEACHER, TEACHER_UNCOND
 from mfd_fast.run.environment import peak_memory, peak_memory_counts
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_one_lane_a_call_gives_what_all_lanes_give():
     torch.manual_seed(0)
-    backbone, cond = step_loops._digits("digits", "lane-packed", "cpu", 64)
+    backbone, cond = variants._digits("digits", "lane-packed", "cpu", 64)
     lanes = (TEACHER, TEACHER_UNCOND, AUX)
     x, t = torch.randn(64, 3, 1, 8, 8), torch.rand(64)
     with torch.no_grad():
         packed = backbone.forward(x, t, backbone.prepare(cond), lanes)
-        one_by_one = step_loops.Sequential(backbone)
+        one_by_one = variants.Sequential(backbone)
         apart = one_by_one.forward(x, t, one_by_one.prepare(cond), lanes)
         for network in (backbone.teacher, backbone.aux):
             network.double()
@@ -38,11 +42,11 @@ def test_one_lane_a_call_gives_what_all_lanes_give():
 @pytest.mark.parametrize("name", ["tiny", "mini"])
 def test_the_small_sanas_are_those_of_the_literal_loop(name):
     pytest.importorskip("diffusers")
-    from bench.sana_sizes import SIZES
+    from bench.updates.sana_sizes import SIZES
 
-    size, ours = SIZES[name], sana_mini.CONFIGS[name]
+    size, ours = SIZES[name], networks.SANAS[name]
     assert {key: size.transformer[key] for key in ours} == ours
-    assert size.prompt_tokens == sana_mini.TEXT and size.side == ours["sample_size"]
+    assert size.prompt_tokens == networks.TEXT and size.side == ours["sample_size"]
 
 
 RATES = {"tflops": 1.0, "bf16_tflops": 2.0, "fp32_tflops": 1.0, "gb_s": 100.0, "host_us": 1.0}
@@ -54,7 +58,7 @@ PARTS = {
 
 
 def rows_of(model, variant):
-    return bench_step.measure(model, variant, "cpu", 1, RATES)
+    return step.measure(model, variant, "cpu", 1, RATES)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +67,11 @@ def rows_of(model, variant):
      ("sana-tiny", "cheap"), ("occfm-tiny", "sequential"), ("occfm-tiny", "batch 2")],
 )  # fmt: skip
 def test_rows_of_a_variant(model, variant):
-    if variant in step_loops.DIFFUSERS and model.startswith("sana"):
+    if variant in variants.DIFFUSERS and model.startswith("sana"):
         pytest.importorskip("diffusers")
         pytest.importorskip("peft")
     rows = rows_of(model, variant)
-    bench_step.add_rates(rows, RATES, (10, 1))
+    step.add_rates(rows, RATES, (10, 1))
     assert [row["update"] for row in rows] == ["aux", "student"]
     for row in rows:
         parts = [name.split("/")[1] for name in row["phases"]]
@@ -113,53 +117,51 @@ def test_peak_memory_is_that_of_updates_alone(monkeypatch):
     order = []
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: order.append(name))
-    bench_step.update_from_empty_cache(lambda: order.append("update"))
+    step.update_from_empty_cache(lambda: order.append("update"))
     assert order[:4] == ["synchronize", "empty_cache", "reset_peak_memory_stats", "update"]
 
 
 def test_a_result_says_what_its_memory_counts(tmp_path, monkeypatch):
     rows = rows_of("digits", "lane-packed")
-    monkeypatch.setattr(bench_step, "measure_elsewhere", lambda *_: rows)
-    monkeypatch.setattr(bench_step, "rates_here", lambda _: RATES)
-    out = tmp_path / "step.json"
-    options = ["--model", "digits", "--device", "cpu", "--only", "lane-packed", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["bench_step", *options])
-    assert bench_step.main() == 0
-    config = json.loads(out.read_text())["config"]
+    monkeypatch.setattr(step, "elsewhere", lambda *_, **__: rows)
+    monkeypatch.setattr(step, "rates_here", lambda _: RATES)
+    options = ["--device", "cpu", "--only", "lane-packed", "--out", str(tmp_path)]
+    assert main(["step_digits", *options]) == 0
+    config = json.loads((tmp_path / "step_digits_cpu.json").read_text())["config"]
     assert config["peak_mb"] == peak_memory_counts("cpu") and "whole GPU" in config["nvml_mb"]
 
 
 def test_variants_of_a_device():
-    names = step_loops.variants_of("digits", "cuda")
+    names = variants.variants_of("digits", "cuda")
     assert names[0] == "sequential" and "captured" in names and "batch 8" in names
-    assert not {"captured", "batch 8", "fp8"} & set(step_loops.variants_of("sana-mini", "cpu"))
-    assert "literal" not in step_loops.variants_of("occfm", "cuda")
+    assert not {"captured", "batch 8", "fp8"} & set(variants.variants_of("sana-mini", "cpu"))
+    assert "literal" not in variants.variants_of("occfm", "cuda")
 
 
 def test_on_a_gpu_what_follows_captured_is_captured():
-    assert step_loops._captured_variants("cpu") == set()
-    captured = step_loops._captured_variants("cuda")
+    assert variants._captured_variants("cpu") == set()
+    captured = variants._captured_variants("cuda")
     assert {"captured", "block", "batch 8", "ab2", "fp8"} <= captured
     assert not {"fused", "literal", "sequential"} & captured
 
 
 def test_without_diffusers_its_variants_are_skipped_by_name(monkeypatch, capsys):
-    monkeypatch.setattr(step_loops, "find_spec", lambda name: None)
-    assert step_loops.variants_of("sana-1.6b", "cuda")[0] == "prepared"
+    monkeypatch.setattr(variants, "find_spec", lambda name: None)
+    assert variants.variants_of("sana-1.6b", "cuda")[0] == "prepared"
     assert "skipped: published, literal, literal compiled, sequential" in capsys.readouterr().out
 
 
 def test_a_variant_that_fails_is_named_and_the_others_stay(tmp_path, monkeypatch, capsys):
-    def elsewhere(model, variant, *_):
-        return [] if variant == "lane-packed" else rows_of(model, variant)
+    def elsewhere(_, model, variant, *__):
+        if variant == "lane-packed":
+            raise harness.BenchmarkError("measure failed with status 1")
+        return rows_of(model, variant)
 
-    monkeypatch.setattr(bench_step, "measure_elsewhere", elsewhere)
-    out = tmp_path / "step.json"
-    argv = ["bench_step", "--model", "digits", "--only", "seq|lane", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", argv)
-    assert bench_step.main() == 1
+    monkeypatch.setattr(step, "elsewhere", elsewhere)
+    argv = ["step_digits", "--device", "cpu", "--only", "seq|lane", "--out", str(tmp_path)]
+    assert main(argv) == 1
     assert "failed, see above: lane-packed" in capsys.readouterr().err
-    result = json.loads(out.read_text())
+    result = json.loads((tmp_path / "step_digits_cpu.json").read_text())
     assert {row["variant"] for row in result["rows"]} == {"sequential"}
     assert result["config"]["rates"]["tflops"] > 0 and result["config"]["cycle"] == [5, 1]
 
@@ -167,9 +169,9 @@ def test_a_variant_that_fails_is_named_and_the_others_stay(tmp_path, monkeypatch
 def test_what_runs_on_a_gpu_machine_needs_no_further_package():
     banned = ["diffusers", "peft", "transformers", "matplotlib", "sklearn", "scipy", "PIL", "tyro"]
     code = (
-        "import sys; import torch; before = set(sys.modules); import bench.roofline; "
-        "from bench.bench_step import *; from bench.step_loops import *; "
-        "[make_updates(model, 'lane-packed' if model == 'digits' else 'fused', 'cpu') "
+        "import sys; import torch; before = set(sys.modules); import bench.__main__; "
+        "import bench.predict.roofline; from bench.updates import step, variants; "
+        "[variants.make_loop(model, 'lane-packed' if model == 'digits' else 'fused', 'cpu') "
         "for model in ('digits', 'sana-tiny', 'occfm-tiny')]; "
         f"print([m for m in {banned} if m in set(sys.modules) - before])"
     )
@@ -179,21 +181,21 @@ def test_what_runs_on_a_gpu_machine_needs_no_further_package():
 
 
 def test_the_page_is_what_the_results_say():
-    assert performance.PAGE.read_text() == performance.render(), "run: python -m bench.performance"
+    assert performance.PAGE.read_text() == performance.render(), "run: python -m bench.pages"
     for path in performance.waterfalls():
         assert performance.picture_of(path).is_file()
 
 
 def test_the_waterfall_of_the_small_sana_is_committed():
-    result = json.loads((performance.RESULTS / "step_sana_mini_cpu.json").read_text())
+    result = json.loads((RESULTS / "step_sana_mini_cpu.json").read_text())
     by_variant = waterfall.variants(result)
-    assert list(by_variant) == step_loops.variants_of("sana-mini", "cpu")
+    assert list(by_variant) == variants.variants_of("sana-mini", "cpu")
     assert waterfall.reference(by_variant) is by_variant["literal"]
     assert all(set(roles) == {"aux", "student"} for roles in by_variant.values())
 
 
 def test_the_parts_of_an_update_are_all_of_it():
-    result = json.loads((performance.RESULTS / "step_digits_cpu.json").read_text())
+    result = json.loads((RESULTS / "step_digits_cpu.json").read_text())
     for row in result["rows"]:
         parts = waterfall.parts(row)
         assert sum(parts.values()) * row["batch"] >= row["seconds"] - ROUNDING
@@ -214,7 +216,7 @@ def test_a_roofline_picture(tmp_path):
 
 
 def test_the_readme_counts_operators_as_the_result_does():
-    result = json.loads((performance.RESULTS / "published_cost.json").read_text())
+    result = json.loads((RESULTS / "published_cost.json").read_text())
     once = {row["part"]: row["operators_once"] for row in result["rows"]}
     literal = once["teacher, guided"] + once["auxiliary, no gradient"]
     ours = result["config"]["operators_of_an_ode_step_of_ours"]
@@ -225,9 +227,9 @@ def test_the_readme_counts_operators_as_the_result_does():
 def test_the_published_cycle_has_the_methods_evaluations():
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    from bench import published_cost
+    from bench.predict import published_cost
 
-    result = json.loads((performance.RESULTS / "published_cost.json").read_text())
+    result = json.loads((RESULTS / "published_cost.json").read_text())
     times = {row["part"]: row["times"] for row in result["rows"]}
     expected = round(published_cost.evaluations(), 2)
     assert times["teacher, guided"] == times["auxiliary, no gradient"] == expected

@@ -1,4 +1,4 @@
-"""bench/nvml.py against a driver library that is made up."""
+"""bench/updates/nvml.py against a driver library that is made up."""
 
 import sys
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.nvml import Nvml
+from bench.updates.nvml import Nvml
 
 UUIDS = ("11111111-2222-3333-4444-555555555555", "66666666-7777-8888-9999-000000000000")
 
@@ -25,8 +25,6 @@ class Driver(SimpleNamespace):
     NVMLError = NVMLError
     NVMLError_NotSupported = NVMLError_NotSupported
     nvmlMemory_v2 = 2  # noqa: N815
-    NVML_CLOCK_SM = 1
-    NVML_CLOCK_MEM = 2
 
     def nvmlInit(self):  # noqa: N802
         if self.is_broken:
@@ -42,18 +40,9 @@ class Driver(SimpleNamespace):
         return SimpleNamespace(used=1000 * (handle + 1) + reserved)
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
-        return self._thousandths(handle, 7_250)
-
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle):  # noqa: N802
-        return self._thousandths(handle, 700_000)
-
-    def nvmlDeviceGetClockInfo(self, handle, kind):  # noqa: N802
-        return self._thousandths(handle, {1: 1980, 2: 3201}[kind])
-
-    def _thousandths(self, handle, value):
         if self.is_bare:
             raise NVMLError_NotSupported("not supported")
-        return value
+        return 7_250
 
 
 @pytest.fixture
@@ -79,16 +68,13 @@ def test_a_slice_of_a_gpu_is_found_too(driver):
 
 
 def test_units(driver):
-    gpu = Nvml.open()
-    assert gpu.joules() == 7.25
-    assert gpu.power_limit_watts() == 700.0
-    assert gpu.clocks() == {"sm": 1980, "memory": 3201}
+    assert Nvml.open().joules() == 7.25
 
 
 def test_what_a_gpu_does_not_tell_is_none(driver):
     driver.is_bare = True
     gpu = Nvml.open()
-    assert gpu.joules() is None and gpu.power_limit_watts() is None and gpu.clocks() is None
+    assert gpu.joules() is None
     assert gpu.used_bytes() == 2000
 
 

@@ -1,16 +1,17 @@
-"""bench/predicted_memory.py: what is compared with what; on a GPU by a made-up allocator."""
+"""predicted_memory: what is compared with what; on a GPU by a made-up allocator."""
 
 import json
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-from bench import predicted_memory, sana_mini
-from bench.predicted_memory import CASES, GPU_CASES, Case, cases_of, measured, predicted
+from bench.__main__ import main
+from bench.predict import predicted_memory
+from bench.predict.predicted_memory import CASES, GPU_CASES, Case, cases_of, measured, predicted
+from bench.updates import networks
 
-TINY = partial(sana_mini.make_model, "tiny", dtype=torch.float32)
+TINY = partial(networks.make_sana, "tiny", dtype=torch.float32)
 
 
 class Allocator:
@@ -98,15 +99,13 @@ def test_the_published_sana_is_predicted_in_16_bits():
 
 def test_a_run_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predicted_memory, "measured_elsewhere", lambda name, device: 10**9)
-    out = tmp_path / "memory.json"
-    argv = ["predicted_memory", "--out", str(out), "--only", "occfm"]
-    monkeypatch.setattr(sys, "argv", argv)
-    assert predicted_memory.main() == 0
-    (row,) = json.loads(out.read_text())["rows"]
+    argv = ["predicted_memory", "--device", "cpu", "--out", str(tmp_path), "--only", "occfm"]
+    assert main(argv) == 0
+    (row,) = json.loads((tmp_path / "predicted_memory_cpu.json").read_text())["rows"]
     assert row["case"] == "occfm-tiny" and row["measured_mb"] == 1000.0
     assert row["ratio"] == pytest.approx(row["predicted_mb"] / 1000, abs=1e-3)
-    monkeypatch.setattr(sys, "argv", [*argv[:-1], "nothing"])
-    assert predicted_memory.main() == 1
+    assert main([*argv[:-1], "nothing"]) == 2
+    assert capsys.readouterr().err == "--only 'nothing' finds no case of predicted_memory\n"
 
 
 @pytest.mark.gpu

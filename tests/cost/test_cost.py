@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import torchs_counter
 from small_networks import SAMPLE_SHAPE, ImageNetwork, image_inputs
 from torch import Generator
 
@@ -34,6 +33,7 @@ from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.objectives import make_objective
 from mfd_fast.models import preset
+from mfd_fast.testing.counting import torchs_counter
 
 
 def operations_of(network, *args):
@@ -264,7 +264,7 @@ def test_a_wrong_estimate_is_one_sentence(argv, message, capsys):
 
 def test_predicted_memory_is_what_a_process_needed():
     """The RSS of a process of its own; the other cases are in the committed file."""
-    from bench.predicted_memory import CASES, row
+    from bench.predict.predicted_memory import CASES, row
 
     measured = row("occfm-tiny", CASES["occfm-tiny"][1])
     assert abs(measured["ratio"] - 1) < 0.15, measured

@@ -158,7 +158,7 @@ def test_the_guide_shows_what_the_commands_print(traced_once):
             assert cli.main(shlex.split(command)[1:]) == 0
         rest = iter(printed.getvalue().splitlines())
         for line in lines.splitlines():
-            assert line in rest, f"{command}: no {line!r}; run: python scripts/fill_console.py"
+            assert line in rest, f"{command}: no {line!r}; run: python -m scripts.fill_console"
 
 
 def test_the_guide_names_what_is_assumed():

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from counting import torchs_counter
 
 from mfd_fast import cli
 from mfd_fast.baselines.distiller import ComparisonDistiller
@@ -20,6 +19,7 @@ from mfd_fast.cost.measured import measured_phases
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 from mfd_fast.models.cifar10.unet import UNet, UNetConfig, save_unet
+from mfd_fast.testing.counting import torchs_counter
 
 ALONE = ("cd", "ayf", "meanflow", "imm", "reflow")  # train the student alone
 BATCH, CYCLES = 8, 2

@@ -5,8 +5,7 @@ import torch
 from test_distiller import DIM, cond_backbone, small_distiller
 
 from mfd_fast import DistillConfig, Distiller, guided, interpolate, mean_velocity, mfd_loss
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 
 def separate_gradients(backbone, config, table, cond, z, eps):

@@ -45,8 +45,7 @@ from mfd_fast.backbones.lanes import STUDENT
 from mfd_fast.baselines.batch import Batch
 from mfd_fast.distill.objectives import aux_times
 from mfd_fast.distill.optim import is_capturable
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "your-model.md").read_text()
 ROLES = ("aux", "student")

@@ -6,8 +6,7 @@ from gaussian import GaussianFlow
 
 from mfd_fast import generate, guided, mean_velocity
 from mfd_fast.flow.solvers import SOLVERS, plan
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 FLOW = GaussianFlow()
 T = torch.tensor([0.9, 0.31, 0.55, 1.0, 0.4])

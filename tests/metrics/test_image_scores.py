@@ -18,8 +18,7 @@ from mfd_fast.metrics.image_features import FEATURES, DinoFeatures, distribution
 from mfd_fast.metrics.image_reward import MAX_LENGTH, MEAN, STD
 from mfd_fast.metrics.image_scores import SCORES, load_scores, score_images
 from mfd_fast.metrics.pretrained import in_batches
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 PROMPTS = ["a red cube", "two cats 9", "fog", "a very long prompt that is cut in the middle"]
 DTYPES = (torch.float32, torch.float64)

@@ -19,8 +19,7 @@ from cuda_host_calls import HostKernels
 from mfd_fast.ops import reference
 from mfd_fast.ops.glu_depthwise import _reference_backward as glu_backward
 from mfd_fast.ops.short_attention import _rounded_backward as attention_backward
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(bool(cuda_host_build.missing()), reason=cuda_host_build.missing())
 

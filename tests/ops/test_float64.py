@@ -15,8 +15,7 @@ from mfd_fast.flow.solvers import SOLVERS
 from mfd_fast.flow.times import dpm_flow_schedule, shifted_schedule
 from mfd_fast.ops import reference
 from mfd_fast.ops.linear_attention import WIDTHS
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 
 def rand(*shape):

@@ -5,9 +5,9 @@ import torch
 
 from mfd_fast.kernels import gated_residual as kernel
 from mfd_fast.ops import gated_residual, reference
+from mfd_fast.testing.numerics import assert_as_accurate
 
 from capture import assert_captured_equals_eager
-from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (lanes, tokens, channels, samples): narrow rows, three lanes of two samples with a ragged row,

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from mfd_fast.ops import glu_depthwise, reference
 from mfd_fast.ops.glu_depthwise import _reference_backward
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, height, width, channels of a half): whole vectors, ragged channels, one pixel, a high

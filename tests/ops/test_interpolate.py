@@ -5,8 +5,7 @@ import torch
 
 from mfd_fast.kernels import interpolate as kernel
 from mfd_fast.ops import interpolate, interpolate_with_target, reference
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 # SANA's latent is [B, 32, 32, 32]; here: whole blocks, a ragged tail, odd rows, one element.
 SHAPES = [(2, 4, 32, 32), (3, 4099), (2, 3, 5, 7), (1, 1)]

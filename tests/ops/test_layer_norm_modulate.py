@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from mfd_fast.kernels import layer_norm_modulate as kernel
 from mfd_fast.kernels import norm_modulate_backward
 from mfd_fast.ops import layer_norm_modulate, reference
+from mfd_fast.testing.numerics import assert_as_accurate
 
 from capture import assert_captured_equals_eager
-from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (lanes, tokens, channels, samples): narrow rows, three lanes of two samples with a ragged row,

@@ -9,8 +9,7 @@ from mfd_fast.kernels import linear_attention_backward as backward_kernel
 from mfd_fast.ops import linear_attention, reference
 from mfd_fast.ops.extension import has_ext
 from mfd_fast.ops.linear_attention import _reference_backward
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 EPS = 1e-15
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

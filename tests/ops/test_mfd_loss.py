@@ -6,8 +6,7 @@ import torch
 from mfd_fast.kernels import mfd_loss as kernel
 from mfd_fast.ops import mfd_loss, mfd_loss_from_ends, reference
 from mfd_fast.ops.extension import has_ext
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 # Several blocks of every implementation with a ragged tail, whole 16-byte packs, odd, one element.
 SHAPES = [(3, 9001), (2, 4, 32, 32), (2, 3, 5, 7), (1, 1)]

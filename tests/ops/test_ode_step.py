@@ -5,8 +5,7 @@ import torch
 
 from mfd_fast.kernels import ode_step as kernel
 from mfd_fast.ops import ode_step_, reference
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (S trajectories, L lanes): alone, guided alone, teacher and auxiliary, the same with guidance.

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from mfd_fast.kernels import rms_norm_modulate_silu as kernel
 from mfd_fast.ops import reference, rms_norm_modulate_silu
+from mfd_fast.testing.numerics import assert_as_accurate
 
 from capture import assert_captured_equals_eager
-from numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (x, samples): narrow rows, two frames of three samples, OccFM's widths on odd images, tokens of

@@ -7,8 +7,7 @@ import torch
 
 from mfd_fast.kernels import segmented_lora as kernel
 from mfd_fast.ops import reference, segmented_lora, segmented_lora_
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = 0.7

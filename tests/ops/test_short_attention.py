@@ -5,8 +5,7 @@ import torch
 
 from mfd_fast.ops import reference, short_attention, short_attention_qkv
 from mfd_fast.ops.short_attention import _rounded_backward
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, tokens, heads, width): OccFM's three widths, with rows that do not fill a block; the most

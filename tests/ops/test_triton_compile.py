@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 def compile_module(module: str) -> list[dict]:
     """The resources of every kernel of the module, from a process that has no TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     script = str(ROOT / "tests/support/triton_to_machine_code.py")
     archs = ",".join(map(str, SHARED_LIMITS))
     done = subprocess.run(

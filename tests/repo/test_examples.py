@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mfd_fast import Distiller
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 TESTS = Path(__file__).parents[1] / "support"
 ROOT = TESTS.parents[1]

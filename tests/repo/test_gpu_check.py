@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import results
+from scripts.gpu_results import place
+
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about having no GPU")
 
@@ -66,8 +69,8 @@ def test_both_commands_run_on_a_bare_machine(tmp_path, bare):
     files = [path.name for path in out.iterdir()]
     assert len(files) <= MAX_FILES and all(map(NAMES.fullmatch, files))
 
-    script = str(ROOT / "scripts/gpu_results.py")
-    subprocess.run([sys.executable, script, str(out), str(committed)], check=True)
+    command = [sys.executable, "-m", "scripts.gpu_results", str(out), str(committed)]
+    subprocess.run(command, check=True, cwd=ROOT)
     names = {f"{name}_cpu.json" for name in (*operators, "step_sana_tiny", "profile_digits")}
     assert {path.name for path in committed.iterdir()} == names
 
@@ -111,15 +114,6 @@ def test_expected_times_fit_the_two_commands():
     assert sum(expected for expected, _ in times.values()) + operators < 0.8 * (480 + 330)
 
 
-@pytest.fixture(scope="module")
-def gpu_results():
-    """The module of the script."""
-    spec = importlib.util.spec_from_file_location("gpu_results", ROOT / "scripts/gpu_results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("device", "short"),
     [
@@ -132,12 +126,12 @@ def gpu_results():
         ("AMD EPYC 9654 96-Core Processor", "cpu"),
     ],
 )
-def test_short_names_of_devices(gpu_results, device, short):
-    assert gpu_results.short(device) == short
+def test_short_names_of_devices(device, short):
+    assert results.short(device) == short
 
 
 def step_result(rows: dict[tuple[str, str], float], **head: object) -> dict:
-    """A result of ``bench.bench_step`` with these seconds by variant and role."""
+    """A result of ``bench.updates.step`` with these seconds by variant and role."""
     known = {"op": "step", "device": "NVIDIA H100 80GB HBM3", "commit": "abc", "threads": 1}
     return {
         **known,
@@ -150,22 +144,23 @@ def step_result(rows: dict[tuple[str, str], float], **head: object) -> dict:
     }
 
 
-def unpacked(gpu_results, folder: Path, result: dict) -> dict[tuple[str, str], float]:
+def unpacked(folder: Path, result: dict) -> dict[tuple[str, str], float]:
     """The rows that the committed file has after ``place``."""
-    (folder / "headline.json").write_text(json.dumps(result))
+    name = "step_sana_1_6b_h100.json"
+    (folder / name).write_text(json.dumps(result))
     (folder / "other.json").write_text("{}")
-    gpu_results.place(folder, folder / "committed")
+    place(folder, folder / "committed")
     (path,) = (folder / "committed").iterdir()
-    assert path.name == "step_sana_1_6b_h100.json"
+    assert path.name == name
     rows = json.loads(path.read_text())["rows"]
     return {(row["variant"], row["update"]): row["seconds"] for row in rows}
 
 
-def test_runs_of_some_variants_make_one_result(gpu_results, tmp_path):
+def test_runs_of_some_variants_make_one_result(tmp_path):
     fused = {("fused", "aux"): 2.0, ("fused", "student"): 3.0}
-    assert unpacked(gpu_results, tmp_path, step_result(fused)) == fused
+    assert unpacked(tmp_path, step_result(fused)) == fused
     literal = {("literal", "aux"): 8.0, ("fused", "aux"): 1.0}
-    joined = unpacked(gpu_results, tmp_path, step_result(literal))
+    joined = unpacked(tmp_path, step_result(literal))
     assert list(joined.items()) == [
         (("literal", "aux"), 8.0), (("fused", "aux"), 1.0), (("fused", "student"), 3.0),
     ]  # fmt: skip
@@ -174,10 +169,10 @@ def test_runs_of_some_variants_make_one_result(gpu_results, tmp_path):
 @pytest.mark.parametrize(
     "change", [{"commit": "def"}, {"threads": 2}, {"config": {"model": "sana-1.6b", "step": 0.04}}]
 )
-def test_results_of_other_work_are_not_joined(gpu_results, tmp_path, change):
-    unpacked(gpu_results, tmp_path, step_result({("fused", "aux"): 2.0}))
+def test_results_of_other_work_are_not_joined(tmp_path, change):
+    unpacked(tmp_path, step_result({("fused", "aux"): 2.0}))
     new = {("literal", "aux"): 8.0}
-    assert unpacked(gpu_results, tmp_path, step_result(new, **change)) == new
+    assert unpacked(tmp_path, step_result(new, **change)) == new
 
 
 # Of what is installed only ALLOWED is found, with what these need and what they ship within.
@@ -244,7 +239,6 @@ def test_a_bare_python_lacks_what_this_one_has(bare):
 
 def test_every_operator_is_launched():
     """The script that the sanitizers run, on the CPU; it fails if an operator has no call."""
-    script = ROOT / "scripts/launch_every_kernel.py"
-    command = [sys.executable, str(script), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "scripts.launch_every_kernel", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,8 +19,7 @@ from mfd_fast.distill.ranks import FlatGradients, Ranks, ranks_of
 from mfd_fast.flow.solvers import plan
 from mfd_fast.run.checkpoint import checkpoints_in, read
 from mfd_fast.run.launch import shard_copies
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 TESTS = Path(__file__).parents[1] / "support"
 ENV = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parents[1]}", "OMP_NUM_THREADS": "1"}

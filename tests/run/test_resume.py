@@ -386,4 +386,4 @@ def test_the_reliability_page_is_what_the_results_say():
     from scripts.reliability import PAGE, render
 
     text = PAGE.read_text()
-    assert render(text) == text, "run: python scripts/reliability.py --render"
+    assert render(text) == text, "run: python -m scripts.reliability --render"

@@ -5,8 +5,7 @@ import torch
 
 from mfd_fast.models.sana.lora_files import Lora
 from mfd_fast.models.sana.tiny import TRANSFORMER
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "proj_out"]
 LAYERS = [*LINEAR, "conv_inverted", "conv_point"]

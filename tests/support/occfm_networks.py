@@ -6,10 +6,10 @@ from itertools import pairwise
 import torch
 from occfm_fill import fill
 
+from bench.updates.networks import ReferenceOccfm, occfm_inputs
 from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, reference
 
 TINY = CONFIGS["tiny"]
-LATENT_STD = 0.1  # of what the VAE makes; the network sees ten times as much
 
 
 def make_network(config=TINY, dtype=torch.float32):
@@ -24,22 +24,12 @@ def wide(network):
 
 def inputs(rows, config=TINY, seed=0):
     """x, t and cond of a call, float32; the first row has no history."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, *config.sample_shape, generator=generator)
-    history = torch.randn(rows, config.history, *config.latent_shape, generator=generator)
-    history[0] = 0
-    trajectory = 4 * torch.randn(rows, config.frames, 2, generator=generator)
-    t = torch.rand(rows, generator=generator)
-    return x, t, {"history": LATENT_STD * history, "trajectory": trajectory}
+    return occfm_inputs(rows, config, seed)
 
 
 def reference_velocity(network, x, t, cond):
     """``noise - data`` of the future frames by the reference, in the dtype of the network."""
-    config, dtype = network.config, network.dtype
-    history = (cond["history"] * config.latent_scale).to(dtype)
-    sequence = torch.cat([history, x.to(dtype)], dim=1)
-    tau = 1000 * (1 - t)
-    return -reference.velocity(network, sequence, tau, cond["trajectory"])[:, config.history :]
+    return ReferenceOccfm(network)(x, t, cond)
 
 
 def reference_forecast(network, noise, cond, *, steps=10, guidance=2.0, shift=3.0):

@@ -57,7 +57,6 @@ def report(case, arch: int) -> dict:
 
 
 def main(archs: list[int], modules: list[str]) -> None:
-    sys.path.insert(0, str(ROOT))
     for module in modules or MODULES:
         cases = getattr(import_module(f"mfd_fast.kernels.{module}"), "COMPILE_CASES", ())
         for index, case in enumerate(cases):

@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from counting import Count, Traffic
 from occfm_networks import (
     TINY,
     inputs,
@@ -25,8 +24,8 @@ from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.flow.integrate import integrate
 from mfd_fast.flow.solvers import scheduled
 from mfd_fast.models.occfm import BLOCKS, CONFIGS, OccfmNetwork, forecast, null_condition
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Count, Traffic
+from mfd_fast.testing.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ADAPTED = ("qkv", "attn.proj", "fc1", "fc2", "to_qkv", "to_out", "traj_encoder.0")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from counting import Count
 from occfm_fill import VECTORS, assert_pinned, assert_samples, fill, noise
 
 from mfd_fast.distill.graphs import check_capture_safe
@@ -11,8 +10,8 @@ from mfd_fast.models.occfm.vae.decoder import class_scores
 from mfd_fast.models.occfm.vae.fast_decoder import HEAD_ROWS, FastDecoder
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
 from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Count
+from mfd_fast.testing.numerics import assert_as_accurate
 
 FRAMES = 6
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

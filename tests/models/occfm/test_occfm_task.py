@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 pytest.importorskip("matplotlib")
 

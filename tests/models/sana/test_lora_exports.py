@@ -21,8 +21,7 @@ from mfd_fast.models.sana.lora_files import (
 from mfd_fast.models.sana.lora_layers import BLOCK_LAYERS, OUTER_LAYERS, original_layer
 from mfd_fast.models.sana.network import SanaNetwork
 from mfd_fast.models.sana.tiny import TRANSFORMER
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

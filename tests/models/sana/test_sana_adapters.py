@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from counting import Alive, Count
 from recorded_graph import RecordedGraph
 from sana_models import (
     ALPHA,
@@ -29,8 +28,8 @@ from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.counting import Alive, Count
+from mfd_fast.testing.numerics import assert_as_accurate
 
 TRIPLE = (TEACHER, TEACHER_UNCOND, AUX)
 

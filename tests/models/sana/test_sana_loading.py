@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from sana_models import VARIANTS, call_theirs, inputs, make_theirs
 
 from mfd_fast.models.sana import load_sana_transformer
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 STEM = "diffusion_pytorch_model"
 SAVES = {

@@ -19,8 +19,7 @@ from sana_models import (
 
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.models.sana import SanaConfig, SanaNetwork, trim_text
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -25,11 +25,10 @@ from mfd_fast import DistillConfig, Distiller, dpm_flow_schedule
 from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.objectives import MeanFlowDistillation
 from mfd_fast.flow.solvers import plan
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
-baseline = pytest.importorskip("bench.baseline_eager")
+baseline = pytest.importorskip("bench.updates.literal")
 
 SETTINGS = baseline.OfficialSettings(rank=RANK, alpha=ALPHA)
 CONFIG = DistillConfig(

@@ -23,8 +23,7 @@ from mfd_fast.models.sana.lora_files import (
 )
 from mfd_fast.models.sana.sampler import EXPECTED, SCHEDULER, SOLVER, load_schedule, schedule_of
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -15,8 +15,7 @@ from mfd_fast.models.sana.lora_files import Lora, merge_lora, read_lora, save_di
 from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.models.sana.tiny import make_tiny_checkpoint
 from mfd_fast.run.config import MEMORY_PROFILES, from_dict, to_dict, with_memory
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 SanaPipeline = pytest.importorskip("diffusers").SanaPipeline
 pytest.importorskip("matplotlib")

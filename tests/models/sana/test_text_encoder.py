@@ -19,8 +19,7 @@ from mfd_fast.models.order import shuffled
 from mfd_fast.models.sana.text.conditions import EncodedText, StoredText, TextConditions
 from mfd_fast.models.sana.text.encoder import MAX_LENGTH, load_sana_text_encoder
 from mfd_fast.models.sana.text.store import TextStore, write_text_store
-
-from numerics import assert_as_accurate
+from mfd_fast.testing.numerics import assert_as_accurate
 
 PROMPTS = ["A red fox ", "", "  Snow under STARS, ünïcode 🦊", "a " * 400]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -2,10 +2,10 @@
 
     LD_PRELOAD=device.so python tests/support/fake_cuda/trace.py WHAT [VARIANT] [compiled]
 
-``device.so`` is ``device.cpp`` compiled.  WHAT is a model of ``bench.step_loops`` at a VARIANT of
-it (of "captured" the graphs are calls), "conditions" for what the tasks feed an update, or
-"planted" for faults that must be seen.  With "compiled" every private CUDA operator has a kernel,
-as the extension brings them.
+``device.so`` is ``device.cpp`` compiled.  WHAT is a model of ``bench.updates.variants`` at a
+VARIANT of it (of "captured" the graphs are calls), "conditions" for what the tasks feed an update,
+or "planted" for faults that must be seen.  With "compiled" every private CUDA operator has a
+kernel, as the extension brings them.
 
 ``FakeTensorMode`` knows shapes, dtypes and devices.  Tensors of the host keep their values.  The
 operators of ``mfd_fast`` run what is registered for CUDA, and a launch of Triton only says that it
@@ -140,14 +140,14 @@ def stand_in(mode: OnFakeCuda) -> None:
     )
     import mfd_fast.distill.distiller
     import mfd_fast.run.task
-    from bench import sana_mini, step_loops
+    from bench.updates import networks, variants
 
     host_generator = torch.Generator
     mfd_fast.distill.distiller.Generator = lambda *_: host_generator()
     mfd_fast.run.task.pick_device = torch.device
-    sana_mini.CONFIGS["1.6b"] = {"num_layers": SANA_LAYERS}
-    step_loops.INTERVAL = INTERVAL
-    step_loops.CapturedDistiller = partial(step_loops.CapturedDistiller, graph=Call)
+    networks.SANAS["1.6b"] = {"num_layers": SANA_LAYERS}
+    variants.INTERVAL = INTERVAL
+    variants.CapturedDistiller = partial(variants.CapturedDistiller, graph=Call)
 
 
 class Call:
@@ -201,7 +201,7 @@ def with_compiled_operators() -> None:
 
 def updates(model: str, variant: str) -> dict[str, Callable]:
     """role -> one update."""
-    from bench.step_loops import make_loop
+    from bench.updates.variants import make_loop
 
     return make_loop(model, variant, "cuda").updates
 

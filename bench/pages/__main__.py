@@ -1,0 +1,27 @@
+"""Renders README's tables and docs/performance.md from the committed results, and nothing else.
+
+python -m bench.pages            # writes them, and the pictures in docs/
+python -m bench.pages --check    # exit 1 if a page and the results differ
+"""
+
+import argparse
+
+from bench.pages import performance, readme
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.pages", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    is_check = parser.parse_args().check
+    before = readme.README.read_text()
+    pages = {readme.README: readme.render(before), performance.PAGE: performance.render()}
+    if is_check:
+        return int(any(path.read_text() != text for path, text in pages.items()))
+    for path, text in pages.items():
+        path.write_text(text)
+    performance.draw()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

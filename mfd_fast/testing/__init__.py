@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the tolerance rule, and counters of work and memory."""
