@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mfd_fast.backbones.lanes import Backbone, buffers_of, swapped
 from mfd_fast.backbones.networks import check_leads, check_statistics
-from mfd_fast.distill.config import DistillConfig, OptimConfig
+from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.optim import (
     LossScale,
     average_,
@@ -33,29 +33,28 @@ TRAINED = ("aux", "student")
 class Trained:
     """One trained role: its parameters, optimizer, loss scale, gradients and counters.
 
-    Args:
-        optimizer: over ``parameters``; its learning rate follows ``config`` if ``sets_lr``.
-        weight: what the loss of one micro-batch counts in the update.
-        loss_scale: of fp16 training; None: the loss is not scaled.
-        gradients: what the replicas of the model add up before a step; None: there is one.
+    The optimizer is over ``parameters``; its learning rate follows the config if ``sets_lr``.
     """
 
     def __init__(
         self,
+        role: str,
         parameters: list[nn.Parameter],
         optimizer: Optimizer,
-        config: OptimConfig,
+        config: DistillConfig,
+        ranks: Ranks,
         *,
+        device: torch.device,
         sets_lr: bool,
-        weight: float,
-        loss_scale: LossScale | None,
-        gradients: FlatGradients | None,
     ):
-        self.parameters, self.optimizer, self.config = parameters, optimizer, config
-        self.sets_lr, self.weight = sets_lr, weight
-        self.loss_scale, self.gradients = loss_scale, gradients
+        self.parameters, self.optimizer, self.sets_lr = parameters, optimizer, sets_lr
+        self.config = config.optim_of(role)
+        has_replicas = ranks.world > 1 and not ranks.is_sharded  # whose gradients are added up
+        self.gradients = FlatGradients(parameters) if has_replicas else None
+        self.weight = 1.0 / config.micro_batches / (ranks.world if has_replicas else 1)
+        self.loss_scale = LossScale(config.loss_scale, device) if config.loss_scale > 0 else None
         self.num_updates = 0
-        self.skipped_in_a_row = torch.zeros((), device=parameters[0].device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
 
     def set_lr(self) -> None:
         """The learning rate of the coming update."""
@@ -108,7 +107,18 @@ class TrainedRoles:
         if optimizers is not None:
             configs = {role: config.optim_of(role) for role in roles}
             check_own(optimizers, configs, {role: self.parameters_of(role) for role in roles})
-        self.trained = {role: self._trained(role, optimizers) for role in roles}
+        self.trained = {
+            role: Trained(
+                role,
+                self.parameters_of(role),
+                self._make_optimizer(role) if optimizers is None else optimizers[role],
+                config,
+                self.ranks,
+                device=backbone.device,
+                sets_lr=optimizers is None,
+            )
+            for role in roles
+        }
         self.skipped = torch.zeros((), device=backbone.device)
         student = backbone.parameters_of("student") if config.ema_decay > 0 else []
         self.ema = [parameter.detach().clone() for parameter in student]
@@ -116,21 +126,6 @@ class TrainedRoles:
         has_storage = backbone.device.type != "meta"  # without, shapes are all that is asked for
         self.generator = Generator(backbone.device if has_storage else "cpu")
         self.generator.manual_seed(config.seed)
-
-    def _trained(self, role: str, optimizers: Mapping[str, Optimizer] | None) -> Trained:
-        config, ranks, parameters = self.config, self.ranks, self.parameters_of(role)
-        has_replicas = ranks.world > 1 and not ranks.is_sharded
-        return Trained(
-            parameters,
-            self._make_optimizer(role) if optimizers is None else optimizers[role],
-            config.optim_of(role),
-            sets_lr=optimizers is None,
-            weight=1.0 / config.micro_batches / (ranks.world if has_replicas else 1),
-            loss_scale=LossScale(config.loss_scale, self.backbone.device)
-            if config.loss_scale > 0
-            else None,
-            gradients=FlatGradients(parameters) if has_replicas else None,
-        )
 
     def _make_optimizer(self, role: str) -> Optimizer:
         return make_optimizer(self.parameters_of(role), self.config.optim_of(role))
