@@ -16,9 +16,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
+import occfm_reference as reference
 from occfm_fill import NOISE_FLOOR, VECTORS, assert_pinned, fill, noise, uniform
 
-from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, forecast, reference
+from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, forecast
 
 NAMES = ("occfm", "occfm_fut")
 FRAMES = (6, 16, 50, 50)

@@ -3,10 +3,11 @@
 import copy
 from itertools import pairwise
 
+import occfm_reference as reference
 import torch
 from occfm_fill import fill
 
-from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, reference
+from mfd_fast.models.occfm import CONFIGS, OccfmNetwork
 
 TINY = CONFIGS["tiny"]
 LATENT_STD = 0.1  # of what the VAE makes; the network sees ten times as much
