@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from bench.updates import occfm_reference as reference
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.shared import SharedBackbone
-from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork, reference
+from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork
 from mfd_fast.models.sana import BLOCKS, SanaConfig, SanaNetwork
 from mfd_fast.run.task import Shapes
 

@@ -124,7 +124,6 @@ class RunConfig(Settings):
     """Settings that it may have otherwise, too: from there on it learns by the new ones."""
     PATHS: ClassVar[tuple[str, ...]] = ("teacher",)
     """Settings that say where files lie.  They may move: their contents are compared."""
-
     preset: str
     """The task: what is distilled, from which teacher, on which conditions."""
     teacher: str = ""

@@ -5,8 +5,6 @@ added.  The ranges compare a run with itself; they are wide, because a warning t
 is not read.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,70 +26,43 @@ class Skipping(ValueError):  # noqa: N818  (read as a reason)
     """Too many updates in a row were not finite."""
 
 
-@dataclass(frozen=True)
-class Guard:
-    """One warning: when it is raised and what it says, from a row and the usual values."""
-
-    name: str
-    is_out: Callable[[Row, Row], bool]
-    sentence: Callable[[Row, Row], str]
-
-
-def _above_usual(key: str) -> Callable[[Row, Row], bool]:
-    return lambda row, usual: key in usual and row.get(key, 0.0) > MAX_OF_USUAL * usual[key]
-
-
-GUARDS = (
-    Guard(
-        "saturation",
-        lambda row, _: row.get("saturation", 0.0) > MAX_SATURATION,
-        lambda row, _: (
+def complaints(row: Row, usual: Row) -> dict[str, str]:
+    """What is out of its range -> the sentence about it, from a row and the usual values."""
+    said = {}
+    if row.get("saturation", 0.0) > MAX_SATURATION:
+        said["saturation"] = (
             f"{row['saturation']:.0%} of the samples' values are beyond distill.sample_bound: the "
             "student is leaving the data's range; go on with a lower distill.student_optim.lr, or "
             "start again with a lower distill.guidance"
-        ),
-    ),
-    Guard(
-        "aux_lag",
-        lambda row, _: row.get("aux_lag", 0.0) > MAX_AUX_LAG,
-        lambda row, _: (
+        )
+    if row.get("aux_lag", 0.0) > MAX_AUX_LAG:
+        said["aux_lag"] = (
             f"after a student update the auxiliary's loss is {row['aux_lag']:.0%} above what it "
             "reaches within the cycle: it cannot follow the student; raise distill.aux_updates or "
             "distill.aux_optim.lr, or lower distill.student_optim.lr"
-        ),
-    ),
-    Guard(
-        "distance",
-        _above_usual("distance"),
-        lambda row, usual: (
-            f"the mean-flow distance is {row['distance']:.3g}, usual is {usual['distance']:.3g}: "
-            "teacher and auxiliary are drifting apart; lower distill.student_optim.lr, or go back "
-            "to an earlier checkpoint with --resume PATH"
-        ),
-    ),
-    *(
-        Guard(
-            f"{role}_grad_norm",
-            _above_usual(f"{role}_grad_norm"),
-            lambda row, usual, key=f"{role}_grad_norm", role=role: (
-                f"the {role}'s gradient norm is {row[key]:.3g}, usual is {usual[key]:.3g}: lower "
-                f"distill.{role}_optim.lr or distill.{role}_optim.clip_norm"
-            ),
         )
-        for role in ("aux", "student")
-    ),
-    *(
-        Guard(
-            f"{loss}_std",
-            _above_usual(f"{loss}_std"),
-            lambda row, usual, key=f"{loss}_std", loss=loss: (
-                f"{loss} scatters by {row[key]:.3g} between two rows, usual is {usual[key]:.3g}: "
-                "lower the learning rates, or look for bad conditions in the data"
-            ),
+    for key in USUAL:
+        if key in usual and row.get(key, 0.0) > MAX_OF_USUAL * usual[key]:
+            said[key] = _unusual(key, f"{row[key]:.3g}", f"usual is {usual[key]:.3g}")
+    return said
+
+
+def _unusual(key: str, now: str, usual: str) -> str:
+    if key == "distance":
+        return (
+            f"the mean-flow distance is {now}, {usual}: teacher and auxiliary are drifting apart; "
+            "lower distill.student_optim.lr, or go back to an earlier checkpoint with --resume PATH"
         )
-        for loss in LOSSES
-    ),
-)
+    if key.endswith("_std"):
+        return (
+            f"{key.removesuffix('_std')} scatters by {now} between two rows, {usual}: lower the "
+            "learning rates, or look for bad conditions in the data"
+        )
+    role = key.removesuffix("_grad_norm")
+    return (
+        f"the {role}'s gradient norm is {now}, {usual}: lower distill.{role}_optim.lr or "
+        f"distill.{role}_optim.clip_norm"
+    )
 
 
 class Monitors:
@@ -145,14 +116,9 @@ class Monitors:
 
     def warnings(self, row: Row) -> list[str]:
         """What this row is warned about, once for every time that it leaves its range."""
-        sentences = []
-        for guard in GUARDS if self.rows_seen >= ROWS_BEFORE_WARNINGS else ():
-            is_out = guard.is_out(row, self.usual)
-            if is_out and guard.name not in self.raised:
-                sentences.append(guard.sentence(row, self.usual))
-                self.raised.append(guard.name)
-            elif not is_out and guard.name in self.raised:
-                self.raised.remove(guard.name)
+        out = complaints(row, self.usual) if self.rows_seen >= ROWS_BEFORE_WARNINGS else {}
+        sentences = [sentence for name, sentence in out.items() if name not in self.raised]
+        self.raised = list(out)
         self._follow(row)
         return sentences
 

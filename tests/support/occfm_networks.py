@@ -6,8 +6,9 @@ from itertools import pairwise
 import torch
 from occfm_fill import fill
 
+from bench.updates import occfm_reference as reference
 from bench.updates.networks import ReferenceOccfm, occfm_inputs
-from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, reference
+from mfd_fast.models.occfm import CONFIGS, OccfmNetwork
 
 TINY = CONFIGS["tiny"]
 

@@ -31,25 +31,18 @@ class UNetConfig(Settings):
 
     image_size: Count = 32
     """Height and width of an image in pixels."""
-
     channels: Count = 3
     """Channels of an image."""
-
     width: Count = 128
     """Channels of the finest level; a multiple of 32."""
-
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of every level, in widths; each level halves the resolution."""
-
     blocks: Count = 2
     """Residual blocks of a level on the way down; one more on the way up."""
-
     attention_levels: tuple[int, ...] = (1, 2, 3)
     """Levels with attention after every block, counted from 0."""
-
     dropout: Decay = 0.0
     """Share of activations dropped inside a block in training mode."""
-
     second_time: bool = False
     """Whether the network also takes the earlier time that a flow map goes to."""
 

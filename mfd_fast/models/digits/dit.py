@@ -35,28 +35,20 @@ class DiTConfig(Settings):
 
     image_size: Count = 8
     """Height and width of an image in pixels."""
-
     channels: Count = 1
     """Channels of an image."""
-
     patch_size: Count = 2
     """Side of the square of pixels that makes one token."""
-
     width: Count = 64
     """Features of a token; a multiple of 4 (two coordinates, sine and cosine)."""
-
     depth: Count = 4
     """Transformer blocks."""
-
     heads: Count = 4
     """Attention heads; they share the width equally."""
-
     mlp_ratio: Count = 4
     """Hidden features of the MLP, in widths."""
-
     num_classes: Count = 10
     """Classes; the label ``num_classes`` is one more, the null class of guidance."""
-
     second_time: bool = False
     """Whether the network also takes the earlier time that a flow map goes to."""
 

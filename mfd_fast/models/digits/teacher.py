@@ -49,49 +49,34 @@ class PretrainConfig(FitConfig):
 
     updates: Count = 6000
     """Updates of the teacher."""
-
     batch_size: Count = 128
     """Images in one update of the teacher or the classifier."""
-
     lr: Positive = 6e-3
     """Learning rate of the teacher after its warm-up; a cosine takes it to 0."""
-
     warmup_updates: CountOrOff = 200
     """Updates over which the teacher's learning rate rises linearly."""
-
     ema_decay: Decay = 0.999
     """Decay of the average of the teacher's weights; the average is what is kept."""
-
     label_dropout: Decay = 0.1
     """Share of labels replaced by the null class, which guidance needs."""
-
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of the training times t."""
-
     time_mean: Number = 0.0
     """Mean of the normal variable inside the logit-normal."""
-
     time_std: NotNegative = 1.0
     """Its standard deviation."""
-
     width: Count = DiTConfig.width
     """Features of a token of the teacher."""
-
     depth: Count = DiTConfig.depth
     """Blocks of the teacher."""
-
     heads: Count = DiTConfig.heads
     """Attention heads of the teacher."""
-
     classifier_updates: Count = 1000
     """Updates of the classifier."""
-
     classifier_lr: Positive = 3e-3
     """Largest learning rate of the classifier's one-cycle schedule."""
-
     guidance: Number = 2.0
     """Guidance scale at which the teacher is measured."""
-
     num_samples: SampleCount = 2000
     """Samples in each row of the measurement."""
 

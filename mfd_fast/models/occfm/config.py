@@ -22,49 +22,34 @@ class OccfmConfig(Settings):
 
     latent_channels: Count = 16
     """Channels of one frame's latent."""
-
     grid: Count = 50
     """Side of one frame's latent; even, for it is halved once."""
-
     history_last: CountOrOff = 4
     """How many of the history frames are real; the first ones of the others are zeros."""
-
     trajectory_length: Count = 6
     """How many of a window's ego steps condition the network: 6 (history) or 12 (all)."""
-
     frames: Count = 12
     """Frames of a window; the first half is history, the second is forecast."""
-
     base_width: Count = 64
     """Channels after the first convolution."""
-
     level_multipliers: tuple[int, int] = (2, 4)
     """Channels of the two levels, in base widths."""
-
     condition_width: Count = 128
     """Channels of the embeddings of time and trajectory."""
-
     heads: Count = 8
     """Heads of every attention."""
-
     head_width: Count = 32
     """Width of a head where the channels do not decide it: the attentions outside DiT blocks."""
-
     first_kernel: Count = 7
     """Side of the first convolution's window."""
-
     trajectory_frequencies: Count = 8
     """Fourier frequencies of one coordinate of an ego step."""
-
     latent_scale: Positive = 10.0
     """What latents are multiplied by before they meet unit noise."""
-
     guidance: Number = 2.0
     """Scale of the model's own classifier-free guidance."""
-
     sample_steps: Count = 10
     """Euler steps of the model's own sampler."""
-
     sample_shift: Positive = 3.0
     """Shift of its times towards noise (``flow.shifted_schedule``)."""
 

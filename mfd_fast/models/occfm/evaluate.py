@@ -11,7 +11,7 @@ from mfd_fast.flow.solvers import to_device
 from mfd_fast.models.occfm import OccfmNetwork, forecast
 from mfd_fast.models.occfm.data.classes import FREE, HISTORY
 from mfd_fast.models.occfm.data.windows import OccupancyWindows
-from mfd_fast.models.occfm.forecast_time import time_forecasts
+from mfd_fast.models.occfm.forecast_time import speeds, time_forecasts
 from mfd_fast.models.occfm.scores import OccupancyCounts, OccupancyScores, frechet_scores
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
@@ -202,14 +202,8 @@ def _time(forecaster: Forecaster, windows: Windows, rows: list[int], seed: int) 
         noise = torch.randn(shape, generator=generator, device=windows.device)
         return forecaster(noise, conds[i])
 
-    measured = time_forecasts(
-        one, num=len(timed), frames=windows.shape[0], device=windows.device, warmup=1
-    )
-    return {
-        "latency": measured.latency,
-        "forecasts_per_second": measured.forecasts_per_second,
-        "frames_per_second": measured.frames_per_second,
-    }
+    seconds = time_forecasts(one, num=len(timed), device=windows.device, warmup=1)
+    return speeds(seconds, windows.shape[0])
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -26,52 +26,36 @@ class SanaConfig(Settings):
 
     in_channels: Count = 32
     """Channels of the latent; the output has as many."""
-
     num_layers: Count = 20
     """Transformer blocks."""
-
     num_attention_heads: Count = 70
     """Heads of the linear self-attention."""
-
     attention_head_dim: Count = 32
     """Width of one of them; a power of two from 4 to 128."""
-
     num_cross_attention_heads: Count = 20
     """Heads of the attention to text."""
-
     cross_attention_head_dim: Count = 112
     """Width of one of them."""
-
     caption_channels: Count = 2304
     """Channels of a text token (Gemma-2-2B)."""
-
     mlp_ratio: Positive = 2.5
     """Hidden channels of the gated convolution, in widths."""
-
     attention_bias: bool = False
     """Whether q, k and v of the self-attention have a bias."""
-
     sample_size: Count = 32
     """Side of the latent image it was made for; scales the positional embedding, if any."""
-
     patch_size: Count = 1
     """Side of the square of latent pixels that makes a token."""
-
     norm_eps: Positive = 1e-6
     """Added to the variances of the two norms in a block."""
-
     interpolation_scale: Positive | None = None
     """Scale of the sinusoidal positional embedding; None for no embedding."""
-
     guidance_embeds: bool = False
     """Whether the guidance scale is an input (SANA-Sprint)."""
-
     guidance_embeds_scale: Positive = 0.1
     """What diffusers' pipeline multiplies the guidance scale by before it enters the network."""
-
     qk_norm: str | None = None
     """``"rms_norm_across_heads"`` (SANA 1.5, Sprint) or None."""
-
     timestep_scale: Positive = 1.0
     """What diffusers' pipeline multiplies the timestep 1000 t by."""
 
@@ -106,11 +90,6 @@ class SanaConfig(Settings):
     def width(self) -> int:
         """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def cross_width(self) -> int:
-        """Channels of the queries, keys and values of the attention to text."""
-        return self.num_cross_attention_heads * self.cross_attention_head_dim
 
     @property
     def hidden(self) -> int:

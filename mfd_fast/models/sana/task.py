@@ -47,7 +47,6 @@ GRID = "samples_grid.png"
 TEACHER_STEPS = 20  # SanaPipeline's own default
 IMAGES = 4  # in a grid
 SEED = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # Column of the printed table: title, key of the row, format.
 COLUMNS = (
@@ -64,9 +63,11 @@ class SanaTask(Task):
     def __init__(self, config: SanaRun):
         super().__init__(config)
         self.settings = config.sana
+        revision, variant = config.sana.revision or None, config.sana.variant or None
+        self.revision, self.which = revision, {"revision": revision, "variant": variant}
         self.checkpoint = config.teacher or self._random_checkpoint()
-        self.dtype = DTYPES[self.settings.dtype]
-        self.schedule_of = load_schedule(self.checkpoint, self._revision)
+        self.dtype = getattr(torch, self.settings.dtype)
+        self.schedule_of = load_schedule(self.checkpoint, self.revision)
         if config.distill.student_solver != SOLVER:
             raise ValueError(
                 f"distill.student_solver must be {SOLVER}, the sampler that SANA checkpoints ship; "
@@ -75,16 +76,13 @@ class SanaTask(Task):
         self.teacher_lora = (
             read_lora(self.settings.teacher_lora) if self.settings.teacher_lora else None
         )
-        self.transformer = read_checkpoint_json(
-            self.checkpoint, "transformer/config.json", self._revision
-        )
+        path = "transformer/config.json"
+        self.transformer = read_checkpoint_json(self.checkpoint, path, self.revision)
         channels = int(self.transformer["caption_channels"])
         self.text = SanaText(config, self.checkpoint, channels=channels, device=self.device)
 
     def check(self) -> dict[str, str]:
-        files = check_sana_transformer(
-            self.checkpoint, revision=self._revision, variant=self._variant
-        )
+        files = check_sana_transformer(self.checkpoint, **self.which)
         size = sum(path.stat().st_size for path in files) / 1e9
         where = self.config.teacher or "random weights"
         found = {
@@ -95,9 +93,7 @@ class SanaTask(Task):
         if self.teacher_lora is not None:
             layers = len(self.teacher_lora.factors)
             found["teacher LoRA"] = f"{self.settings.teacher_lora}, {layers} layers"
-        decoder = partial(
-            check_decoder, self.checkpoint, revision=self._revision, variant=self._variant
-        )
+        decoder = partial(check_decoder, self.checkpoint, **self.which)
         return found | pictures(decoder, self.text.check_grid)
 
     def data(self) -> str:
@@ -119,7 +115,7 @@ class SanaTask(Task):
         """Shape of the latents: the checkpoint's own, or that of ``sana.resolution``."""
         size = int(self.transformer["sample_size"])
         if self.settings.resolution:
-            vae = read_checkpoint_json(self.checkpoint, "vae/config.json", self._revision)
+            vae = read_checkpoint_json(self.checkpoint, "vae/config.json", self.revision)
             shrinks = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
             size, rest = divmod(self.settings.resolution, shrinks)
             if rest or size < 1:
@@ -236,22 +232,7 @@ class SanaTask(Task):
 
     def export(self, run: RunFolder, out: Path) -> Path:
         network = self._network(read_lora(run / STUDENT))
-        return save_merged(
-            network,
-            self.transformer,
-            out,
-            base=self.checkpoint,
-            revision=self._revision,
-            variant=self._variant,
-        )
-
-    @property
-    def _revision(self) -> str | None:
-        return self.settings.revision or None
-
-    @property
-    def _variant(self) -> str | None:
-        return self.settings.variant or None
+        return save_merged(network, self.transformer, out, base=self.checkpoint, **self.which)
 
     def _random_checkpoint(self) -> str:
         """What ``sana-tiny`` distils: random weights, the same in every run."""
@@ -264,8 +245,7 @@ class SanaTask(Task):
         """The teacher's network, or the student's with its LoRA merged into the weights."""
         network = load_sana_transformer(
             self.checkpoint,
-            revision=self._revision,
-            variant=self._variant,
+            **self.which,
             dtype=self.dtype,
             device=self.device,
             time_table=self.config.distill.grid == TIMESTEPS,
@@ -303,7 +283,5 @@ class SanaTask(Task):
         return generate(velocity, noise, steps=steps, solver=SOLVER, schedule=schedule)
 
     def _decoded(self, latents: dict[str, Tensor]) -> dict[str, Tensor]:
-        decode = LatentDecoder(
-            self.checkpoint, revision=self._revision, variant=self._variant, device=self.device
-        )
+        decode = LatentDecoder(self.checkpoint, **self.which, device=self.device)
         return {name: decode(rows) for name, rows in latents.items()}

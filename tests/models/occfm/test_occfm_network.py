@@ -5,7 +5,8 @@ import torch
 from occfm_fill import NOISE_FLOOR, VECTORS, assert_pinned, fill, noise, trainable, uniform
 from occfm_networks import TINY, inputs, make_network
 
-from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork, null_condition, reference
+from bench.updates import occfm_reference as reference
+from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork, null_condition
 
 # (parameters with the two frozen tables, without them); the published counts.
 COUNTS = {

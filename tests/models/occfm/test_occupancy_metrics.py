@@ -9,7 +9,7 @@ import torch
 from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.metrics import frechet_distance
 from mfd_fast.models.occfm.data.classes import FREE
-from mfd_fast.models.occfm.forecast_time import ForecastTime, time_forecasts
+from mfd_fast.models.occfm.forecast_time import speeds, time_forecasts
 from mfd_fast.models.occfm.scores import (
     SECOND_FRAMES,
     OccupancyCounts,
@@ -154,10 +154,10 @@ def test_video_distance_sees_the_order_of_frames_and_frame_distance_does_not():
 
 
 def test_both_definitions_of_frames_per_second():
-    measured = ForecastTime((0.1, 0.3), frames=6)
-    assert measured.latency == pytest.approx(0.2)
-    assert measured.forecasts_per_second == pytest.approx(5.0)
-    assert measured.frames_per_second == pytest.approx(30.0)
+    measured = speeds([0.1, 0.3], frames=6)
+    assert measured["latency"] == pytest.approx(0.2)
+    assert measured["forecasts_per_second"] == pytest.approx(5.0)
+    assert measured["frames_per_second"] == pytest.approx(30.0)
 
 
 def test_every_forecast_is_timed_alone(device):
@@ -168,8 +168,8 @@ def test_every_forecast_is_timed_alone(device):
         time.sleep(0.02)
         return torch.zeros(3, device=device) + 1
 
-    measured = time_forecasts(forecast, num=3, frames=6, device=device, warmup=2)
-    assert seen == [0, 0, 0, 1, 2] and len(measured.seconds) == 3
-    assert min(measured.seconds) >= 0.02
+    seconds = time_forecasts(forecast, num=3, device=device, warmup=2)
+    assert seen == [0, 0, 0, 1, 2] and len(seconds) == 3
+    assert min(seconds) >= 0.02
     with pytest.raises(ValueError, match="num must be >= 1, got 0"):
-        time_forecasts(forecast, num=0, frames=6, device=device)
+        time_forecasts(forecast, num=0, device=device)

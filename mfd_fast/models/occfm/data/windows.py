@@ -17,7 +17,6 @@ class OccupancyBatch(NamedTuple):
 
     latents: Tensor
     """float32 ``[B, 12, C, h, w]``, unscaled; absent history slots are zero."""
-
     trajectory: Tensor
     """float32 ``[B, 12, 2]``: metres from each frame to the next; absent history slots are zero."""
 

@@ -21,40 +21,28 @@ class VaeConfig(Settings):
 
     grid: Count = 200
     """Side of the occupancy grid; a multiple of 20: windows of 5 at a quarter of it."""
-
     height: Count = 16
     """Voxels above each other."""
-
     classes: Count = 18
     """Class ids; the last one is "empty"."""
-
     class_width: Count = 8
     """Features of a class, in the input and in the scores."""
-
     latent_channels: Count = 16
     """Channels of a frame's latent."""
-
     width: Count = 128
     """Channels at full resolution; the encoder has twice as many at half resolution."""
-
     groups: Count = 32
     """Groups of every group norm of an image."""
-
     heads: Count = 8
     """Heads of every Swin block."""
-
     dense_heads: Count = 8
     """Heads of the attention over a whole latent."""
-
     dense_head_width: Count = 64
     """Width of one of them."""
-
     encoder_depths: tuple[int, int] = (2, 6)
     """Swin blocks at full and at half resolution."""
-
     decoder_depths: tuple[int, int] = (6, 2)
     """Swin blocks at a quarter and at half of the resolution."""
-
     clip: Count | None = None
     """Frames that the 3-D VAE sees together; None for the frame-by-frame VAE."""
 
