@@ -48,7 +48,7 @@ ROOMS = [
     {"baselines"},
     {"run"},
     {"cost", "models"},
-    {"cli"},
+    {"cli", "diffusers"},
 ]
 RANK = {room: rank for rank, line in enumerate(ROOMS) for room in line}
 

@@ -91,8 +91,7 @@ def _nearest(theirs: dict[str, Any], ours: list[dict[str, Any]]) -> Iterator[str
 
 def _arguments(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
     for name in sorted(theirs.keys() | ours.keys()):
-        a, b = (side.get(name) or None if not _is_data(side.get(name)) else side[name]
-                for side in (theirs, ours))  # fmt: skip
+        a, b = (_plain(side.get(name)) for side in (theirs, ours))
         if name not in IGNORED and not _same(a, b):
             yield f"its network is called with {name} {_told(a)}, not {_told(b)}"
 
@@ -117,8 +116,11 @@ def _guidance(family: Family, step: Step, outputs: list[Tensor]) -> Iterator[str
         )
 
 
-def _is_data(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and bool(value))
+def _plain(value: Any) -> Any:
+    """None for what says nothing: empty arguments, a mask of what is all there."""
+    if isinstance(value, Tensor):
+        return None if value.dtype == torch.bool and bool(value.all()) else value
+    return value or None
 
 
 def _same(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:

@@ -1,0 +1,178 @@
+"""Distil the model of any flow pipeline of diffusers, in this library's loop or in your own.
+
+d = distillation(pipe, steps=4)
+cond = d.cond(["a red fox"])
+d.step(cond)                       # or d.aux_loss(cond), d.student_loss(cond) and your backward
+images = d.generate(cond)
+d.save("student")
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.backbones.networks import Patterns
+from mfd_fast.distill.config import DistillConfig
+from mfd_fast.models.diffusers.backbone import backbone_of
+from mfd_fast.models.diffusers.family import Cond, family_of
+from mfd_fast.models.diffusers.probe import probe
+from mfd_fast.models.diffusers.sampler import student_sampler
+from mfd_fast.models.diffusers.teacher_lora import merge_teacher_lora
+from mfd_fast.models.sana.lora_files import Lora, save_diffusers_lora
+from mfd_fast.run.config import Capture
+from mfd_fast.run.maker import make_distiller
+
+STUDENT, WITH_TEACHER = "student.safetensors", "student_with_teacher_lora.safetensors"
+
+
+class Distillation:
+    """A pipeline, the adapters on its network, and the updates that train them.
+
+    Args: those of :func:`distillation`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        guidance: float | None = None,
+        steps: int = 4,
+        rank: int = 64,
+        teacher_lora: str | Mapping[str, float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        cond: Cond | None = None,
+        null: Cond | None = None,
+        config: DistillConfig | None = None,
+        targets: Patterns | None = None,
+        activation: str = "none",
+        capture: Capture = "auto",
+    ):
+        self.family = family_of(pipe, height=height, width=width, scale=guidance)
+        self.teacher_lora = merge_teacher_lora(pipe, teacher_lora)
+        config = DistillConfig() if config is None else config
+        self.config = replace(config, guidance=self.family.guidance, student_steps=steps)
+        self.backbone = backbone_of(
+            self.family,
+            rank=rank,
+            targets=targets,
+            activation=activation,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        self.family.null_row = null
+        cond = self._some_prompt() if cond is None else cond
+        probe(self.family, cond)
+        self.sampler = student_sampler(self.family, cond, steps)
+        capture = "off" if self.family.reads_device and capture == "auto" else capture
+        self.distiller = make_distiller(
+            self.backbone, self.config, capture=capture, schedule=self.sampler.schedule
+        )
+
+    def _some_prompt(self) -> Cond:
+        if getattr(self.family.pipe, "text_encoder", None) is None:
+            raise ValueError(
+                "the pipeline has no text encoder: give cond and null, made by Family.encode and "
+                "Family.encode_null while it had one"
+            )
+        return self.family.encode(["a picture"])
+
+    def cond(self, prompts: Sequence[str] | Cond) -> Cond:
+        """The conditions of prompts; embeddings that were made before stay as they are."""
+        return dict(prompts) if isinstance(prompts, Mapping) else self.family.encode(prompts)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """What your optimizer of ``"aux"`` or ``"student"`` trains."""
+        return self.backbone.parameters_of(role)
+
+    def step(self, cond: Cond) -> dict[str, Tensor]:
+        """The next update of the cycle with this library's optimizers; its metrics."""
+        return self.distiller.step(cond)
+
+    @property
+    def next_role(self) -> str:
+        """Whose turn it is: ``"aux"`` or ``"student"``."""
+        return self.distiller.next_role
+
+    def aux_loss(self, cond: Cond) -> Tensor:
+        """The auxiliary's loss ``[]``; its backward is the gradient of :meth:`step`."""
+        draw = self.distiller._draw_aux_times
+        return self._loss("aux", lambda: self.distiller._aux_backward(cond, draw(cond)))
+
+    def student_loss(self, cond: Cond) -> Tensor:
+        """The student's loss ``[]``; its backward is the gradient of :meth:`step`."""
+        return self._loss("student", lambda: self.distiller._student_backward(cond))
+
+    def _loss(self, role: str, run: Any) -> Tensor:
+        """The loss that an update would call backward on; your optimizer has moved the weights."""
+        for name in ("aux", "student"):
+            self.backbone.refresh(name)
+        losses: list[Tensor] = []
+        self.distiller._backward = lambda _, loss: losses.append(loss)
+        try:
+            run()
+        finally:
+            del self.distiller._backward
+        self.distiller.num_updates[role] += 1
+        return losses[0]
+
+    def generate(self, cond: Sequence[str] | Cond, *, seed: int = 0) -> Tensor:
+        """Images of the student ``[B, 3, height, width]`` in [0, 1], a row each."""
+        return self.family.decode(self.latents(cond, seed=seed))
+
+    def latents(self, cond: Sequence[str] | Cond, *, seed: int = 0) -> Tensor:
+        """Samples of the student ``[B, *S]``, from noise of the seed."""
+        cond = self.cond(cond)
+        rows = len(next(iter(cond.values())))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(rows, *self.family.sample_shape, generator=generator)
+        for role in ("aux", "student"):
+            self.backbone.refresh(role)
+        return self.distiller.generate(noise.to(self.family.device), cond)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """The student's LoRA, for the plain base too if the teacher has one, and the scheduler's
+        configuration if the pipeline's own will not do; the files.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.distiller.averaged_student():
+            bank = Lora.of(self.backbone.adapters, "student").factors
+        lora = Lora({name.removeprefix("transformer."): pair for name, pair in bank.items()})
+        files = {folder / STUDENT: lora}
+        if self.teacher_lora is not None:
+            files[folder / WITH_TEACHER] = lora.stacked_on(self.teacher_lora)
+        call = ", ".join(f"{name}={value!r}" for name, value in self.sampler.call.items())
+        for file, content in files.items():
+            save_diffusers_lora(content, file, description=f"student; pipe(prompt, {call})")
+        if self.sampler.scheduler is not None:
+            self.sampler.scheduler.save_config(folder)
+            return [*files, folder / "scheduler_config.json"]
+        return list(files)
+
+
+def distillation(pipe: Any, **options: Any) -> Distillation:
+    """Start distilling a pipeline, which is changed in place; nothing is trained yet.
+
+    Args:
+        pipe: any pipeline of ``family.FAMILIES``, on its device.  Text encoders may be None if
+            ``cond`` is given, the VAE if no images are asked for.
+        guidance: the teacher's scale, as the pipeline means it; its default if None.
+        steps: of the student's sampler.
+        rank: of the adapters.
+        teacher_lora: a LoRA file, or files with their weights, that belong to the teacher; LoRAs
+            that are active in the pipeline already do too.
+        height, width: of the images; the pipeline's default if None.
+        cond, null: conditions of any prompt and the null condition's row, where the text encoders
+            are gone.
+        config: the method's settings; guidance and student_steps are those given here.
+        targets, activation: as ``backbone_of`` takes them.
+        capture: as ``make_distiller`` takes it; families that read the device run eagerly.
+
+    ``ValueError``: no flow model, no adapter for it, distilled already, a size that its latents
+    cannot have, or a diffusers that does not do what the adapter knows of it (``probe``).
+    """
+    return Distillation(pipe, **options)
