@@ -58,8 +58,7 @@ def test_operations_of_one_sana_evaluation(sana):
 
 def test_operations_of_one_occfm_evaluation():
     """The specified network, and the engine's, which computes less for the same result."""
-    from occfm_reference import velocity
-
+    from bench.updates.occfm_reference import velocity
     from mfd_fast.models.occfm import OccfmConfig
     from mfd_fast.models.occfm.network import OccfmNetwork
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from occfm_fill import NOISE_FLOOR, VECTORS, assert_pinned, fill, noise, uniform
 from test_occfm_vae import check_decoder, check_encoder, pinned_ids, pinned_latents
 
-from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, forecast, reference
+from bench.updates import occfm_reference as reference
+from mfd_fast.models.occfm import CONFIGS, OccfmNetwork, forecast
 from mfd_fast.models.occfm.vae.config import VAE_CONFIGS
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
 from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
