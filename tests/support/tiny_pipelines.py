@@ -1,114 +1,24 @@
 """A small random pipeline of every family: nothing is downloaded, each takes a moment to build."""
 
-import pytest
 import torch
-
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-
-SPECIAL = ["<pad>", "</s>", "<s>", "<unk>", "<|im_start|>", "<|im_end|>"]
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+from tiny_parts import (
+    CHAT,
+    SIZES,
+    VOCABULARY,
+    clip,
+    clip_tokenizer,
+    decoder,
+    diffusers,
+    flux2_vae,
+    kl_vae,
+    qwen_vae,
+    t5,
+    tokenizer,
+    transformers,
 )
-VOCABULARY = len(SPECIAL) + 256
-SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+
+FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SHIFTED = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-
-
-def tokenizer(template="$A", length=512, **options):
-    """Bytes as tokens, without merges; ``template`` puts special ones around them."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.processors import TemplateProcessing
-
-    names = SPECIAL + sorted(ByteLevel.alphabet())
-    vocabulary = {name: number for number, name in enumerate(names)}
-    made = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    special = [(name, vocabulary[name]) for name in SPECIAL if name in template]
-    made.post_processor = TemplateProcessing(single=template, special_tokens=special)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        model_max_length=length,
-        **{"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"},
-        additional_special_tokens=SPECIAL[4:],
-        **options,
-    )
-
-
-def clip_tokenizer(length=77):
-    return tokenizer("<s> $A </s>", length)
-
-
-def clip(kind="CLIPTextModelWithProjection", size=32, length=77):
-    config = transformers.CLIPTextConfig(
-        **SIZES,
-        **{"hidden_size": size, "intermediate_size": 37, "projection_dim": size},
-        **{
-            "max_position_embeddings": length,
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-        },
-    )
-    return getattr(transformers, kind)(config)
-
-
-def t5(size=32, kind="T5"):
-    config = getattr(transformers, f"{kind}Config")(
-        **{
-            "d_model": size,
-            "d_kv": 8,
-            "d_ff": 37,
-            "num_layers": 2,
-            "num_heads": 4,
-            "vocab_size": VOCABULARY,
-        }
-    )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
-
-
-def decoder(kind, size=16, **options):
-    """A small language model of the class ``kind``."""
-    model = getattr(transformers, kind)
-    return model(
-        model.config_class(
-            **SIZES | {"num_attention_heads": 2},
-            **{
-                "hidden_size": size,
-                "intermediate_size": 32,
-                "num_key_value_heads": 1,
-                "head_dim": 8,
-            },
-            **{
-                "max_position_embeddings": 4096,
-                "pad_token_id": 0,
-                "eos_token_id": 1,
-                "bos_token_id": 2,
-            },
-            **options,
-        )
-    )
-
-
-def kl_vae(blocks=4, **options):
-    return diffusers.AutoencoderKL(
-        **{"block_out_channels": (4,) * blocks, "layers_per_block": 1, "latent_channels": 4},
-        **{"norm_num_groups": 1, "use_quant_conv": False, "use_post_quant_conv": False},
-        **{"down_block_types": ("DownEncoderBlock2D",) * blocks},
-        **{"up_block_types": ("UpDecoderBlock2D",) * blocks},
-        **{"shift_factor": 0.0609, "scaling_factor": 1.5035} | options,
-    )
-
-
-def qwen_vae():
-    return diffusers.AutoencoderKLQwenImage(
-        **{"base_dim": 12, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
-        **{"temperal_downsample": [False, True, True]},
-        **{"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 1.1, 0.9, 1.2]},
-    )
 
 
 def euler(**options):
@@ -223,17 +133,192 @@ def lumina2():
     )
 
 
+def flux2_network(size, *, is_dev):
+    return diffusers.Flux2Transformer2DModel(
+        **{"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16},
+        **{"num_attention_heads": 2, "joint_attention_dim": size, "axes_dims_rope": [4, 4, 4, 4]},
+        guidance_embeds=is_dev,
+    )
+
+
+def flux2_dev():
+    """Its processor of text and images is too much to build: numbers of every prompt instead."""
+    pipe = diffusers.Flux2Pipeline(
+        transformer=flux2_network(16, is_dev=True),
+        scheduler=euler(**SHIFTED),
+        vae=flux2_vae(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+    def embeds(*, prompt, max_sequence_length, **_):
+        seeds = (torch.Generator().manual_seed(sum(text.encode())) for text in prompt)
+        return torch.stack([torch.randn(max_sequence_length, 16, generator=g) for g in seeds])
+
+    pipe._get_mistral_3_small_prompt_embeds = embeds
+    return pipe
+
+
+def flux2_klein(**options):
+    return diffusers.Flux2KleinPipeline(
+        transformer=flux2_network(48, is_dev=False),
+        scheduler=euler(**SHIFTED),
+        vae=flux2_vae(),
+        text_encoder=decoder("Qwen3ForCausalLM", num_hidden_layers=28),
+        tokenizer=tokenizer(chat_template=CHAT),
+        **options,
+    )
+
+
+def z_image():
+    return diffusers.ZImagePipeline(
+        transformer=diffusers.ZImageTransformer2DModel(
+            **{"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2},
+            **{"n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [8, 4, 4]},
+            axes_lens=[256, 32, 32],
+        ),
+        scheduler=euler(shift=6.0),
+        vae=kl_vae(),
+        text_encoder=decoder("Qwen3Model"),
+        tokenizer=tokenizer(chat_template=CHAT),
+    )
+
+
+def aura_flow():
+    return diffusers.AuraFlowPipeline(
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            **{"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 2},
+            **{"num_single_dit_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4},
+            **{"caption_projection_dim": 32, "joint_attention_dim": 32, "pos_embed_max_size": 256},
+        ),
+        scheduler=euler(shift=1.73),
+        vae=kl_vae(shift_factor=None),
+        text_encoder=t5(kind="UMT5"),
+        tokenizer=tokenizer("$A </s>"),
+    )
+
+
+def chroma():
+    return diffusers.ChromaPipeline(
+        transformer=diffusers.ChromaTransformer2DModel(
+            **{"in_channels": 16, "num_layers": 2, "num_single_layers": 2},
+            **{"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32},
+            **{"axes_dims_rope": [4, 4, 8], "approximator_hidden_dim": 32},
+            **{"approximator_layers": 1, "approximator_num_channels": 16},
+        ),
+        scheduler=euler(**SHIFTED),
+        vae=kl_vae(),
+        text_encoder=t5(),
+        tokenizer=tokenizer("$A </s>"),
+    )
+
+
+def hidream(scheduler=None):
+    pipe = diffusers.HiDreamImagePipeline(
+        transformer=diffusers.HiDreamImageTransformer2DModel(
+            **{"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1},
+            **{"num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4},
+            **{"caption_channels": [32, 16], "text_emb_dim": 64, "num_routed_experts": 4},
+            **{"num_activated_experts": 2, "axes_dims_rope": (4, 2, 2)},
+            **{"max_resolution": (16, 16), "llama_layers": (0, 1, 1)},
+        ),
+        scheduler=scheduler or diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS),
+        vae=kl_vae(),
+        **{"text_encoder": clip(length=218), "text_encoder_2": clip(length=218)},
+        **{"tokenizer": clip_tokenizer(218), "tokenizer_2": clip_tokenizer(218)},
+        **{"text_encoder_3": t5(), "tokenizer_3": tokenizer("$A </s>")},
+        text_encoder_4=decoder("LlamaForCausalLM", attn_implementation="eager"),
+        tokenizer_4=tokenizer("<s> $A"),
+    )
+    pipe.default_sample_size = 16
+    return pipe
+
+
+def bria():
+    return diffusers.BriaPipeline(
+        transformer=diffusers.BriaTransformer2DModel(
+            **{"in_channels": 16, "num_layers": 2, "num_single_layers": 2},
+            **{"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32},
+            axes_dims_rope=[0, 4, 4],
+        ),
+        scheduler=euler(**SHIFTED),
+        vae=kl_vae(blocks=3),
+        text_encoder=t5(),
+        tokenizer=tokenizer("$A </s>"),
+    )
+
+
+def krea2(**options):
+    rope = {"mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+    text = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16}
+    text |= {"intermediate_size": 32, "head_dim": 8, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"out_hidden_size": 16, "deepstack_visual_indexes": []}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return diffusers.Krea2Pipeline(
+        transformer=diffusers.Krea2Transformer2DModel(
+            **{"in_channels": 16, "num_layers": 2, "attention_head_dim": 16},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+            **{"timestep_embed_dim": 16, "text_hidden_dim": 16, "num_text_layers": 2},
+            **{"text_num_attention_heads": 2, "text_num_key_value_heads": 2},
+            **{"text_intermediate_size": 32, "num_layerwise_text_blocks": 1},
+            **{"num_refiner_text_blocks": 1, "axes_dims_rope": (8, 4, 4)},
+        ),
+        scheduler=euler(**SHIFTED, max_image_seq_len=6400),
+        vae=qwen_vae(),
+        text_encoder=transformers.Qwen3VLModel(config),
+        tokenizer=tokenizer(),
+        text_encoder_select_layers=(1, 2),
+        **options,
+    )
+
+
+def sana():
+    return diffusers.SanaPipeline(
+        transformer=diffusers.SanaTransformer2DModel(
+            **{"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 8},
+            **{"num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 32},
+            **{"num_cross_attention_heads": 2, "cross_attention_head_dim": 8},
+            **{"cross_attention_dim": 16, "patch_size": 1},
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
+        vae=diffusers.AutoencoderDC(
+            **{"in_channels": 3, "latent_channels": 4, "attention_head_dim": 2},
+            **{"encoder_block_types": ("ResBlock",) * 4, "decoder_block_types": ("ResBlock",) * 4},
+            **{"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4},
+            **{"encoder_qkv_multiscales": ((), (), (), ()), "scaling_factor": 0.41407},
+            **{"decoder_qkv_multiscales": ((), (), (), ())},
+            **{"encoder_layers_per_block": (1,) * 4, "decoder_layers_per_block": [1] * 4},
+            **{"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
+            **{"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"},
+        ),
+        text_encoder=decoder("Gemma2Model", 32),
+        tokenizer=tokenizer("<s> $A", length=8192),
+    )
+
+
 PIPELINES = {
     "sd3": sd3,
     "flux1-dev": flux1,
     "flux1-schnell": lambda: flux1(is_dev=False),
+    "flux2-dev": flux2_dev,
+    "flux2-klein": flux2_klein,
     "qwen-image": qwen_image,
+    "z-image": z_image,
     "lumina2": lumina2,
+    "aura-flow": aura_flow,
+    "chroma": chroma,
+    "hidream": hidream,
+    "hidream-euler": lambda: hidream(euler(shift=3.0)),
+    "bria": bria,
+    "krea2": krea2,
+    "sana": sana,
 }
+SIDES = {"hidream": 128, "hidream-euler": 128}  # of the images; 64 for the others
 
 
 def tiny_pipeline(name):
-    """The family's pipeline for 64 x 64 images; parameters moved off the zeros they start with."""
+    """The family's pipeline for small images; parameters moved off the zeros they start with."""
     torch.manual_seed(0)
     pipe = PIPELINES[name]()
     with torch.no_grad():

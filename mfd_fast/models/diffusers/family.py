@@ -16,17 +16,38 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-# Class in model_index.json -> module of this folder.
+from mfd_fast.backbones.networks import Patterns
+
+# Class in model_index.json -> module of this folder and its adapter.
 FAMILIES = {
-    "FluxPipeline": "flux1",
-    "Lumina2Pipeline": "lumina2",
-    "QwenImagePipeline": "qwen_image",
-    "StableDiffusion3Pipeline": "sd3",
+    "AuraFlowPipeline": "aura_flow:AuraFlow",
+    "BriaPipeline": "bria:Bria",
+    "ChromaPipeline": "chroma:Chroma",
+    "Flux2KleinPipeline": "flux2:Flux2Klein",
+    "Flux2Pipeline": "flux2:Flux2",
+    "FluxPipeline": "flux1:Flux1",
+    "HiDreamImagePipeline": "hidream:HiDream",
+    "Krea2Pipeline": "krea2:Krea2",
+    "Lumina2Pipeline": "lumina2:Lumina2",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "SanaPipeline": "sana:Sana",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
+    "ZImagePipeline": "z_image:ZImage",
 }
-# Beginnings of the names of what is no flow model, and what it is instead.
+# Beginnings of the names of what cannot be a teacher, and why.
 NO_FLOW = {
-    **dict.fromkeys(("PixArt", "Hunyuan", "Latte", "Kolors", "Kandinsky", "If", "Stable"), "noise"),
-    **dict.fromkeys(("CogVideoX", "CogView3", "Allegro"), "v"),
+    **dict.fromkeys(
+        (
+            *("PixArt", "HunyuanDiT", "Latte", "Kolors", "IFPipeline", "StableDiffusionXL"),
+            *("StableDiffusionPipeline", "KandinskyPipeline", "KandinskyV22", "Kandinsky3"),
+        ),
+        "is no flow model (it predicts the noise of a diffusion)",
+    ),
+    **dict.fromkeys(
+        ("CogVideoX", "CogView3", "Allegro", "StableAudio"),
+        "is no flow model (it predicts the v of a diffusion)",
+    ),
+    "SanaSprint": "is distilled already: its teacher is SANA",
 }
 
 Cond = dict[str, Tensor]
@@ -44,8 +65,8 @@ class Family:
     ``ValueError`` for a size that the latents cannot have, or a scale that the pipeline lacks.
     """
 
-    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Linear layers that get adapters, as in the family's training scripts."""
+    targets: ClassVar[Patterns] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear layers of :class:`FamilyNetwork` that get adapters, as in training scripts."""
     blocks: ClassVar[str] = r"transformer\.\w*(blocks|layers|refiner)\.\d+"
     """The repeated blocks of :class:`FamilyNetwork`."""
     scale_name: ClassVar[str] = "guidance_scale"
@@ -56,6 +77,8 @@ class Family:
     """Whether the pipeline hands even sigmas to its scheduler; else the last step is almost 0."""
     names: ClassVar[dict[str, str]] = {"text": "prompt_embeds"}
     """Leaf of the condition -> argument of the pipeline's call."""
+    extra: ClassVar[dict[str, Any]] = {}
+    """Further arguments of every call of the pipeline."""
     patch: ClassVar[int] = 2
     """Latent pixels of one token, along a side."""
     reads_device: ClassVar[str] = ""
@@ -71,6 +94,11 @@ class Family:
         width: int | None = None,
         scale: float | None = None,
     ):
+        if pipe.config.get("is_distilled"):
+            raise ValueError(
+                f"this {type(pipe).__name__} is distilled already (is_distilled in its "
+                "configuration): the base checkpoint is the teacher"
+            )
         self.pipe = pipe
         self.config = pipe.transformer.config
         self.scale = self.default(self.scale_name) if scale is None else scale
@@ -154,7 +182,7 @@ class Family:
         given = {name: cond[leaf] for leaf, name in self.names.items()}
         if null is not None:
             given |= {f"negative_{name}": null[leaf] for leaf, name in self.names.items()}
-        return given | {self.scale_name: self.scale}
+        return given | {self.scale_name: self.scale} | self.extra
 
     def pipe_latents(self, x: Tensor) -> Tensor:
         """Samples as the pipeline's argument ``latents`` takes them."""
@@ -199,17 +227,10 @@ def family_of(pipe: Any, **options: Any) -> Family:
     """
     name = type(pipe).__name__
     if name not in FAMILIES:
-        raise ValueError(refusal(name))
-    module = import_module(f"mfd_fast.models.diffusers.{FAMILIES[name]}")
-    return module.adapter(pipe, **options)
-
-
-def refusal(name: str) -> str:
-    """Why a pipeline class has no adapter."""
-    for start, predicts in NO_FLOW.items():
-        if name.startswith(start):
-            return f"{name} is no flow model (it predicts {predicts} on a diffusion schedule)"
-    return f"there is no adapter for {name}; there are {sorted(FAMILIES)}"
+        why = next((why for start, why in NO_FLOW.items() if name.startswith(start)), "")
+        raise ValueError(f"{name} {why or f'has no adapter; there are {sorted(FAMILIES)}'}")
+    module, adapter = FAMILIES[name].split(":")
+    return getattr(import_module(f"mfd_fast.models.diffusers.{module}"), adapter)(pipe, **options)
 
 
 def padded(leaf: Tensor, length: int) -> Tensor:

@@ -38,6 +38,3 @@ class Flux1(Packed):
             **self.ids(x, cond["text"]),
             **guidance,
         )[0]
-
-
-adapter = Flux1

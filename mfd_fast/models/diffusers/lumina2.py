@@ -43,6 +43,3 @@ class Lumina2(Family):
         """Linear guidance with the norm of v_cond in every row of pixels ``[..., w]``."""
         v = v_uncond + scale * (v_cond - v_uncond)
         return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
-
-
-adapter = Lumina2

@@ -1,12 +1,12 @@
 """Qwen-Image: guidance keeps the length of every token's conditional velocity."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond, padded
-from mfd_fast.models.diffusers.packed import Packed
+from mfd_fast.models.diffusers.packed import Packed, by_channel
 
 
 class QwenImage(Packed):
@@ -52,15 +52,7 @@ class QwenImage(Packed):
         return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
 
     def denormalised(self, x: Tensor) -> Tensor:
-        config: Any = self.pipe.vae.config
-        mean, std = (
-            x.new_tensor(values).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return (self.unpacked(x) * std + mean)[:, :, None]
+        return by_channel(self.unpacked(x), self.pipe.vae.config)
 
     def frame(self, image: Tensor) -> Tensor:
         return image[:, :, 0]
-
-
-adapter = QwenImage

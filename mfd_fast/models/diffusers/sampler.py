@@ -34,6 +34,7 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
     changes = scheduler_changes(dict(own.config), steps)
     scheduler = type(own).from_config(own.config, **changes) if changes else None
     call: dict[str, Any] = {"num_inference_steps": steps, family.scale_name: family.unguided}
+    call |= family.extra
     if not family.hands_sigmas and "solver_order" not in own.config:
         call["sigmas"] = [1.0 - k / steps for k in range(steps)]
     extra = {name: value for name, value in call.items() if name == "sigmas"}

@@ -35,6 +35,3 @@ class StableDiffusion3(Family):
             pooled_projections=cond["pooled"],
             return_dict=False,
         )[0]
-
-
-adapter = StableDiffusion3

@@ -1,0 +1,38 @@
+"""Chroma: FLUX.1's layout without pooled text; its mask is a float that is added to the logits."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.models.diffusers.family import Cond
+from mfd_fast.models.diffusers.packed import Packed
+
+
+class Chroma(Packed):
+    """cond: ``text [B, 512, C]`` and ``mask [B, 512]``, 1.0 for text and one token of padding.
+
+    As the pipeline hands it over, the mask adds 0 or 1 and masks nothing; the teacher is the
+    pipeline, so it does here too.
+    """
+
+    names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        text, _, mask, *_ = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.default("max_sequence_length"),
+        )
+        return {"text": text, "mask": mask}
+
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        mask = cond["mask"]
+        return transformer(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=cond["text"],
+            attention_mask=torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1),
+            return_dict=False,
+            **self.ids(x, cond["text"]),
+        )[0]

@@ -1,0 +1,46 @@
+"""Krea 2: the text of several layers is fused inside the network; v_c + s (v_c - v_u)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.models.diffusers.family import Cond
+from mfd_fast.models.diffusers.packed import Packed, by_channel
+
+
+class Krea2(Packed):
+    """cond: ``text [B, L, layers, C]`` and ``mask [B, L]``."""
+
+    names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
+
+    @property
+    def guidance(self) -> float:
+        return 1.0 + max(float(self.scale), 0.0)
+
+    @property
+    def unguided(self) -> float:
+        return 0.0
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        text, mask = self.pipe.encode_prompt(
+            prompts, max_sequence_length=self.default("max_sequence_length")
+        )
+        return {"text": text, "mask": mask}
+
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        ids = self.ids(t, cond["text"])
+        return transformer(
+            hidden_states=x,
+            encoder_hidden_states=cond["text"],
+            timestep=t,
+            position_ids=torch.cat([ids["txt_ids"], ids["img_ids"]]),
+            encoder_attention_mask=cond["mask"],
+            return_dict=False,
+        )[0]
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        return by_channel(self.unpacked(x), self.pipe.vae.config)
+
+    def frame(self, image: Tensor) -> Tensor:
+        return image[:, :, 0]
