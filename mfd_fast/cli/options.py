@@ -80,8 +80,10 @@ def preset_config(name: str, argv: list[str], command: str) -> RunConfig:
         distill = to_dict(base.distill) | {"objective": own.objective}
         base = replace(base, distill=from_dict(type(base.distill), distill, "distill."))
     rest = [_long_name(word, base.SHORT) for word in rest]
+    if base.preset != name and ":" not in name:  # a model of the caller's own
+        rest = ["--teacher", name, *rest]
     config = parse_config(base, rest, f"mfd-fast {command} {name}")
-    if config.preset != name:
+    if config.preset != base.preset:
         raise ValueError(f"the preset is named once: {name!r}; drop --preset {config.preset}")
     return config
 

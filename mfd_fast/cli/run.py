@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mfd_fast.cli.numbers import count
 from mfd_fast.cli.options import check_places, moved_files, options, positional, preset_config
-from mfd_fast.models import load_config
+from mfd_fast.models import load_config, preset
 from mfd_fast.models.sana.presets import SanaRun
 from mfd_fast.run.config import RunConfig
 
@@ -101,7 +101,7 @@ def saved_settings(out: Path, name: str) -> list[str]:
     if not path.is_file():
         return []
     saved = load_config(path).preset
-    if saved != name:
+    if saved != preset(name).preset:
         raise ValueError(f"{out} is a run of {saved}; type mfd-fast distill {saved} --out {out}")
     return ["--config", str(path)]
 
