@@ -10,18 +10,16 @@ from collections.abc import Mapping
 # command -> option of distill -> what is typed there
 WORDS: Mapping[str, Mapping[str, str]] = {
     "encode-prompts": {
-        "--sana.prompt-column": "--prompt-key",
-        "--sana.skip-bad": "--skip-bad",
         "--teacher": "the CHECKPOINT that comes first",
     },
-    "evaluate": {"--sana.prompt-column": "sana.prompt_column in the run's config.yaml"},
+    "evaluate": {"--prompt-key": "prompt_column in the run's config.yaml"},
     "compat": {
         "--out": "--output_dir",
         "--resume": "--resume_from_checkpoint",
         "--teacher": "--pretrained_model_name_or_path",
         "--sana.prompts": "--prompt_dataset",
-        "--sana.prompt-column": "--caption_column",
-        "--sana.skip-bad": "mfd-fast encode-prompts --skip-bad",
+        "--prompt-key": "--caption_column",
+        "--skip-bad": "mfd-fast encode-prompts --skip-bad",
         "--sana.revision": "--revision",
         "--sana.variant": "--variant",
         "--sana.resolution": "--resolution",

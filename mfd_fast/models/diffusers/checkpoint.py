@@ -71,6 +71,22 @@ def check_parts(folder: Path, index: dict[str, Any], *, is_local: bool) -> float
     return sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) / 1e9
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block diffusers draws no bars and logs nothing: what it raises says enough."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+@quiet()
 def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
     import diffusers
@@ -84,6 +100,7 @@ def outline(folder: Path, index: dict[str, Any]) -> Any:
     return diffusers.DiffusionPipeline.from_pretrained(folder, **made)
 
 
+@quiet()
 def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: str | None) -> Any:
     """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen."""
     import diffusers
@@ -142,9 +159,10 @@ def lora_files(files: str) -> list[tuple[Path, float]]:
     return read
 
 
+@quiet()
 def _read_lora(pipe: Any, file: Path, weight: float) -> Lora:
     def fail(why: object) -> None:
-        reason = " ".join(str(why).split())[:300]
+        reason = " ".join(str(why).split())[:160]
         raise ValueError(
             f"{file} is no LoRA of this {type(pipe).__name__}: {reason}; give one made for it"
         ) from None
