@@ -117,9 +117,7 @@ def spoken(command: str, message: str) -> str:
 # command -> option of distill -> what is typed there
 SPOKEN: Mapping[str, Mapping[str, str]] = {
     "encode-prompts": {
-        "--sana.prompt-column": "--prompt-key",
-        "--sana.skip-bad": "--skip-bad",
         "--teacher": "the CHECKPOINT that comes first",
     },
-    "evaluate": {"--sana.prompt-column": "sana.prompt_column in the run's config.yaml"},
+    "evaluate": {"--prompt-key": "prompt_column in the run's config.yaml"},
 }

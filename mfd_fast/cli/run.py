@@ -293,7 +293,7 @@ def saved_settings(out: Path, name: str) -> Path | None:
     if not path.is_file():
         return None
     saved = load_config(path).preset
-    if saved != name:
+    if saved != preset(name).preset:
         raise ValueError(f"{out} is a run of {saved}; type mfd-fast distill {saved} --out {out}")
     return path
 

@@ -75,6 +75,7 @@ class _Session:
         self.run = RunFolder(out)
         check_tracker(config.train.report_to)
         self.task = config.task()
+        config = self.config = self.task.config  # a task may know more: guidance by its pipeline
         self.found = self.task.check()
         self.remarks = self.task.remarks(config.num_eval_samples)
         self.next_cond = self.task.conditions()

@@ -106,7 +106,7 @@ def checkpoint(tmp_path_factory):
     ("command", "key", "skip"),
     [
         (["distill", "sana-tiny", "--dry-run", "--teacher", "CK", "--prompts", "F"],
-         "--sana.prompt-column", "--sana.skip-bad"),
+         "--prompt-key", "--skip-bad"),
         (["encode-prompts", "CK", "--out", "store", "--prompts", "F"],
          "--prompt-key", "--skip-bad"),
         (["compat", "sana", "--output_dir=r", "--pretrained_model_name_or_path=CK",

@@ -221,16 +221,20 @@ class FamilyNetwork(nn.Module):
 
 
 def family_of(pipe: Any, **options: Any) -> Family:
-    """The adapter of a pipeline, with :class:`Family`'s options.
+    """The adapter of a pipeline, with :class:`Family`'s options; errors of :func:`adapter_of`."""
+    return adapter_of(type(pipe).__name__)(pipe, **options)
+
+
+def adapter_of(name: str) -> type[Family]:
+    """The adapter of a pipeline class.
 
     ``ValueError`` names a pipeline that is no flow model or that no adapter knows.
     """
-    name = type(pipe).__name__
     if name not in FAMILIES:
         why = next((why for start, why in NO_FLOW.items() if name.startswith(start)), "")
         raise ValueError(f"{name} {why or f'has no adapter; there are {sorted(FAMILIES)}'}")
     module, adapter = FAMILIES[name].split(":")
-    return getattr(import_module(f"mfd_fast.models.diffusers.{module}"), adapter)(pipe, **options)
+    return getattr(import_module(f"mfd_fast.models.diffusers.{module}"), adapter)
 
 
 def padded(leaf: Tensor, length: int) -> Tensor:

@@ -178,7 +178,7 @@ def checkpoint_to_resume(out: Path, wanted: str) -> str | None:
 def spoken_flags() -> dict[str, str]:
     """Option of ``distill`` -> the flag that is typed here in its place."""
     said = {"--out": "--output_dir", "--resume": "--resume_from_checkpoint"}
-    said["--sana.skip-bad"] = "mfd-fast encode-prompts --skip-bad"
+    said |= {"--skip-bad": "mfd-fast encode-prompts --skip-bad", "--prompt-key": "--caption_column"}
     return said | {
         f"--{keys[0].replace('_', '-')}": f"--{flag}"
         for flag, keys in TAKEN.items()

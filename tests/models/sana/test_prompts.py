@@ -71,7 +71,7 @@ def test_max_prompts_stops_before_a_bad_line(tmp_path):
         (".jsonl", '{"prompt": "cut', "not JSON"),
         (".jsonl", "[" * 100_000, "not JSON"),
         (".jsonl", '{"a": 1, "b": "x"}', r"no key 'prompt' or 'text' or 'caption'; there is "
-         r"\['a', 'b'\]: choose one with --sana.prompt-column"),
+         r"\['a', 'b'\]: choose one with --prompt-key"),
     ],
 )  # fmt: skip
 def test_bad_lines_are_refused_by_number_or_skipped_and_counted(tmp_path, suffix, bad, reason):
@@ -79,7 +79,7 @@ def test_bad_lines_are_refused_by_number_or_skipped_and_counted(tmp_path, suffix
         ".txt": "{}", ".tsv": "n\t{}\t1\t2", ".jsonl": '{{"prompt": "{}"}}',
     }[suffix]  # fmt: skip
     path = write(tmp_path / f"p{suffix}", good.format("one"), "", bad, bad, good.format("two"))
-    with pytest.raises(ValueError, match=rf"p{suffix}:3: {reason}.*--sana.skip-bad"):
+    with pytest.raises(ValueError, match=rf"p{suffix}:3: {reason}.*--skip-bad"):
         open_prompts(path)
     prompts = open_prompts(path, skip_bad=True)
     assert list(prompts) == ["one", "two"] and prompts.num_bad == 2
@@ -208,7 +208,7 @@ class TestTables:
         bad = arrow.array([b"one", b"caf\xe9", b"nul \0"]).cast(arrow.binary()).view(arrow.string())
         path = tmp_path / "p.parquet"
         parquet.write_table(arrow.table({"prompt": bad}), path)
-        with pytest.raises(ValueError, match=r"p.parquet:2: not UTF-8.*--sana.skip-bad"):
+        with pytest.raises(ValueError, match=r"p.parquet:2: not UTF-8.*--skip-bad"):
             open_prompts(path)
         prompts = open_prompts(path, skip_bad=True)
         assert list(prompts) == ["one"] and prompts.num_bad == 2

@@ -88,7 +88,7 @@ def open_prompts(
             if not skip_bad:
                 raise ValueError(
                     f"{source.name}:{number}: {reason}; mend it, or leave out all such lines with "
-                    "--sana.skip-bad"
+                    "--skip-bad"
                 ) from None
             num_bad += 1
             continue
@@ -175,7 +175,7 @@ def choose_key(found: list[str], key: str | None) -> str:
             return name
     raise BadPromptError(
         f"no key {' or '.join(map(repr, wanted))}; there is {sorted(found)}: "
-        "choose one with --sana.prompt-column"
+        "choose one with --prompt-key"
     )
 
 

@@ -1,0 +1,198 @@
+"""A pipeline in diffusers' folder layout: what it is, checked before its weights are read."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.files.plain import read_json
+from mfd_fast.hub import fetch
+from mfd_fast.models.diffusers.family import adapter_of
+from mfd_fast.models.sana.lora_files import Lora, merge_lora
+
+INDEX = "model_index.json"
+CONFIGS = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
+LORA = "teacher"
+
+
+def read_index(
+    folder_or_id: str, revision: str | None = None, patterns: list[str] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Folder and model_index.json of a pipeline; of a hub id only the patterns' files are fetched.
+
+    ``ValueError`` or ``OSError``: there is none, or it is no pipeline that can be distilled.
+    """
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        folder = fetch(folder_or_id, revision, patterns or [INDEX])
+    elif revision is not None:
+        raise ValueError(f"revision {revision!r} belongs to a hub id; {folder} is a local folder")
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder_or_id} has no {INDEX}; expected the folder of a whole diffusers pipeline, "
+            "as save_pretrained writes it"
+        )
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{folder / INDEX} names no pipeline (_class_name); copy it again")
+    adapter_of(index["_class_name"])
+    return folder, index
+
+
+def parts_of(index: dict[str, Any]) -> dict[str, str]:
+    """The components that a model_index.json names, and their classes."""
+    parts = {name: part for name, part in index.items() if isinstance(part, list)}
+    return {name: part[1] for name, part in parts.items() if len(part) == 2 and part[1]}
+
+
+def check_parts(folder: Path, index: dict[str, Any], *, is_local: bool) -> float:
+    """GB of the weight files; ``ValueError`` names a component that is missing, or why the network
+    is no teacher.
+    """
+    parts = parts_of(index)
+    for name in ("transformer", "vae", "scheduler", *parts):
+        is_network = name in ("transformer", "vae") or "text_encoder" in name
+        files = list((folder / name).glob("*.safetensors" if is_network and is_local else "*"))
+        if name not in parts or not files:
+            raise ValueError(
+                f"{folder} has no {name}{' (safetensors)' * is_network}, a component of "
+                f"{index['_class_name']}; copy the whole pipeline, or mend {INDEX}"
+            )
+    config = read_json(folder / "transformer" / "config.json")
+    if index["_class_name"] == "FluxPipeline" and not config.get("guidance_embeds"):
+        raise ValueError(
+            f"{folder} is distilled already (FLUX.1 schnell: its network takes no guidance); the "
+            "teacher is FLUX.1 dev"
+        )
+    return sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) / 1e9
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block diffusers draws no bars and logs nothing: what it raises says enough."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+@quiet()
+def outline(folder: Path, index: dict[str, Any]) -> Any:
+    """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
+    import diffusers
+
+    made: dict[str, Any] = dict.fromkeys(parts_of(index))
+    del made["scheduler"]  # which is read
+    for name in ("transformer", "vae"):
+        cls = getattr(diffusers, parts_of(index)[name])
+        with torch.device("meta"):
+            made[name] = cls.from_config(cls.load_config(folder / name))
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **made)
+
+
+@quiet()
+def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: str | None) -> Any:
+    """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen."""
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        folder_or_id, torch_dtype=dtype, use_safetensors=True, **options
+    )
+    for part in networks(pipe).values():
+        part.eval().requires_grad_(False)
+    return pipe
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that have weights."""
+    return {name: x for name, x in pipe.components.items() if isinstance(x, nn.Module)}
+
+
+@contextmanager
+def visiting(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the block the networks are on the device, behind it on the CPU."""
+    for part in parts:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
+def merge_teacher_lora(pipe: Any, files: str) -> Lora:
+    """Add LoRA files, each FILE or FILE:WEIGHT, to the pipeline's network; all of them as one.
+
+    diffusers reads them, in every spelling that it knows of this pipeline.  ``ValueError`` or
+    ``OSError`` names a file that is missing, of another model, or that changes a text encoder.
+    """
+    found: Lora | None = None
+    for file, weight in lora_files(files):
+        lora = _read_lora(pipe, file, weight)
+        found = lora if found is None else lora.stacked_on(found)
+    assert found is not None, "files names one at least"
+    merge_lora(pipe.transformer, found)
+    return found
+
+
+def lora_files(files: str) -> list[tuple[Path, float]]:
+    """FILE[:WEIGHT],... read; ``ValueError`` or ``FileNotFoundError`` names what is wrong."""
+    read = []
+    for part in files.split(","):
+        named = re.fullmatch(r"(.+?)(?::(-?\d*\.?\d+))?", part.strip())
+        if named is None:
+            raise ValueError(f"pipeline.teacher_lora must be FILE[:WEIGHT],..., got {files!r}")
+        path = Path(named.group(1))
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no LoRA file {path}; give a .safetensors file")
+        read.append((path, float(named.group(2) or 1.0)))
+    return read
+
+
+@quiet()
+def _read_lora(pipe: Any, file: Path, weight: float) -> Lora:
+    def fail(why: object) -> None:
+        reason = " ".join(str(why).split())[:160]
+        raise ValueError(
+            f"{file} is no LoRA of this {type(pipe).__name__}: {reason}; give one made for it"
+        ) from None
+
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=LORA)
+    except Exception as error:  # whatever diffusers, PEFT and safetensors raise over a file
+        fail(error)
+    layers = {name: _layers(part) for name, part in networks(pipe).items()}
+    factors = {
+        name: (a.weight.float(), b.weight.float() * (scale * weight))
+        for name, (a, b, scale) in layers.pop("transformer").items()
+    }
+    factors = {name: tuple(x.detach().clone() for x in pair) for name, pair in factors.items()}
+    pipe.unload_lora_weights()
+    if not factors:
+        fail("none of its layers are in the transformer")
+    if others := [name for name, found in layers.items() if found]:
+        fail(f"it changes {', '.join(others)} too, which stays as it is here")
+    return Lora(factors)
+
+
+def _layers(part: nn.Module) -> dict[str, tuple[Any, Any, float]]:
+    return {
+        name: (module.lora_A[LORA], module.lora_B[LORA], module.scaling[LORA])
+        for name, module in part.named_modules()
+        if LORA in getattr(module, "lora_A", {})
+    }
+
+
+def same_lora(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The factors of a LoRA file of strength 1 for a bank whose adapters have this scale."""
+    return {key: x / scale if ".lora_B." in key else x for key, x in state.items()}

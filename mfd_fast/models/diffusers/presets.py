@@ -1,0 +1,97 @@
+"""The preset of any diffusers pipeline that has an adapter, and its settings."""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mfd_fast.models.sana.presets import IMAGES, PAPER
+from mfd_fast.run.config import RunConfig, TrainConfig
+from mfd_fast.settings import Count, Number, Positive, Settings
+
+if TYPE_CHECKING:
+    from mfd_fast.models.diffusers.task import PipelineTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings(Settings):
+    """Text, adapters and sizes of a pipeline's run."""
+
+    SECTION: ClassVar[str] = "pipeline."
+
+    prompts: str = ""
+    """Prompt file (.tsv, .txt, .jsonl, a table, dataset folder or id)."""
+    prompt_column: str = ""
+    """Key or column of the prompt in .jsonl and tables; empty: prompt, text or caption."""
+    skip_bad: bool = False
+    """Leave out lines of the prompt file that are no prompt, in place of refusing the file."""
+    text_memory: Positive = 16.0
+    """GB of the host's memory for encoded prompts; what does not fit is encoded later, between two
+    updates.
+    """
+    resolution: str = ""
+    """Height and width of the images in pixels, as 1024x768; empty: the pipeline's own."""
+    guidance: Number | None = None
+    """Guidance scale of the teacher as the pipeline's call means it; None: that call's default."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the frozen pipeline; adapters and ODE states are float32."""
+    rank: Count = 64
+    """Rank of the auxiliary's and the student's LoRA."""
+    alpha: Positive = 64.0
+    """LoRA alpha; the adapter's output is scaled by alpha / rank."""
+    targets: str = ""
+    """Linear layers that get an adapter, by the end of their names; empty: the family's."""
+    teacher_lora: str = ""
+    """LoRA files of this pipeline, FILE or FILE:WEIGHT with commas between: the teacher is the
+    checkpoint with them, for all three roles.
+    """
+    revision: str = ""
+    """Branch, tag or commit of a teacher on the hub; empty: its main branch."""
+    variant: str = ""
+    """Variant of the checkpoint's weight files, such as fp16; empty: the plain ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(RunConfig):
+    """Text-to-image pipelines of diffusers, LoRA adapters on the frozen network."""
+
+    SHORT: ClassVar[dict[str, str]] = {
+        "--prompts": "--pipeline.prompts",
+        "--prompt-key": "--pipeline.prompt-column",
+        "--skip-bad": "--pipeline.skip-bad",
+        "--resolution": "--pipeline.resolution",
+        "--guidance": "--pipeline.guidance",
+        "--revision": "--pipeline.revision",
+        "--variant": "--pipeline.variant",
+        "--teacher-lora": "--pipeline.teacher-lora",
+    }
+    PATHS: ClassVar[tuple[str, ...]] = (
+        *RunConfig.PATHS,
+        "pipeline.prompts",
+        "pipeline.teacher_lora",
+    )
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *RunConfig.MAY_CHANGE,
+        "pipeline.prompt_column",
+        "pipeline.skip_bad",
+        "pipeline.text_memory",
+        "pipeline.revision",
+        "pipeline.variant",
+    )
+
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
+    """Text, adapters and sizes."""
+
+    def task(self) -> "PipelineTask":
+        from mfd_fast.models.diffusers.task import PipelineTask
+
+        return PipelineTask(self)
+
+
+# SANA's settings with Euler steps; the guidance is the pipeline's (docs/families.md).
+PRESETS = (
+    PipelineRun(
+        preset="pipeline",
+        num_eval_samples=IMAGES,
+        distill=replace(PAPER, guidance=1.0, student_solver="euler"),
+        train=TrainConfig(updates=3000),
+    ),
+)

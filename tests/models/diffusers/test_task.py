@@ -1,0 +1,229 @@
+"""mfd-fast distill MODEL: from a pipeline's folder to files that diffusers reads."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
+
+from mfd_fast import cli
+from mfd_fast.models import open_run, preset
+from mfd_fast.models.diffusers.family import family_of
+from mfd_fast.models.diffusers.record import record_call
+
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+NAMES = ("sd3", "qwen-image")  # linear guidance and call arguments; renormalised and a scheduler
+ON_LORA = "sd3-lora"  # a run whose teacher has a LoRA
+PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow", "two boats"]
+SHORT = [
+    *("--resolution", "64x64", "--pipeline.dtype", "float32", "--train.device", "cpu"),
+    *("--pipeline.rank", "4", "--pipeline.alpha", "4", "--distill.step-size", ".3"),
+    *("--distill.aux-updates", "1", "--distill.student-steps", "2", "--num-eval-samples", "2"),
+    *("--distill.student-optim.lr", ".02", "--train.log-every", "1", "--train.updates"),
+]
+BOUND = 1e-3  # of latents that reach 3 to 8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        tiny_pipeline(name).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(models, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    lora = ["--teacher-lora", f"{folder / 'sd3' / 'student.safetensors'}:0.5"]
+    for name, more in {**dict.fromkeys(NAMES, ()), ON_LORA: lora}.items():
+        command = ["distill", str(models / name.removesuffix("-lora")), "--prompts", str(prompts),
+                   "--out", str(folder / name), *SHORT, "2", *more]  # fmt: skip
+        assert cli.main(command) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_leaves_a_lora_pictures_and_a_card(name, runs):
+    run = runs / name
+    assert {
+        "student.safetensors", "samples_grid.png", "training_curves.png", "results.json",
+        "README.md",
+    } <= {path.name for path in run.iterdir()}  # fmt: skip
+    rows = json.loads((run / "results.json").read_text())["table"]
+    assert [row["distance"] > 0 for row in rows] == [False, True, True]
+    card = (run / "README.md").read_text()
+    assert f"base_model: {name}\n" in card
+    assert ("scheduler" in card) == (run / "scheduler_config.json").is_file() == (name != "sd3")
+
+
+@pytest.mark.parametrize("name", [*NAMES, ON_LORA])
+def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, models):
+    """Its LoRA, its scheduler and the arguments that it types, against our own network."""
+    import diffusers
+
+    run, task = open_run(runs / name)
+    task._load_student(run)
+    cond, noise = task.text.encode(PROMPTS[:2]), task._noise(2, seed=3)
+    ours = task._latents("student", cond, noise, task.schedule())
+
+    card = (run / "README.md").read_text()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(models / name.removesuffix("-lora"))
+    weights = re.search(r'weight_name="(.*)"', card).group(1)
+    assert (weights == "student_with_teacher_lora.safetensors") == (name == ON_LORA)
+    typed = re.search(r'pipe\("a prompt", (.*)\)\.images', card).group(1)
+    call = eval(f"dict({typed})")
+    size = call.pop("height"), call.pop("width")
+    family = family_of(pipe, height=size[0], width=size[1])
+    steps = call.pop("num_inference_steps")
+    without = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
+    pipe.load_lora_weights(run.path, weight_name=weights)
+    if "pipe.scheduler" in card:
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(run.path)
+    theirs = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
+    assert float((ours - theirs).abs().max()) < BOUND
+    assert float((without - theirs).abs().max()) > 10 * BOUND  # the LoRA does something
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_continued_from_its_checkpoint_is_the_uninterrupted_one(
+    name, runs, models, prompts, tmp_path
+):
+    """Stopped after one update, resumed with the line it was started with, text in two visits."""
+    command = ["distill", str(models / name), "--prompts", str(prompts), "--out",
+               str(tmp_path / name), *SHORT]  # fmt: skip
+    assert cli.main([*command, "1"]) == 0
+    assert cli.main([*command, "2", "--resume", "--pipeline.text-memory", "1e-9"]) == 0
+    one, two = (load_file(folder / name / "student.safetensors") for folder in (runs, tmp_path))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_sampling_evaluating_and_exporting_a_finished_run(runs, tmp_path, capsys):
+    import diffusers
+
+    run = runs / "sd3"
+    picture, merged = tmp_path / "fox.png", tmp_path / "merged"
+    command = ["sample", str(run), "--prompt", "a fox", "--prompt", "a dog", "--num", "3"]
+    assert cli.main([*command, "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+    assert cli.main(["evaluate", str(run)]) == 0
+    row = json.loads((run / "results.json").read_text())["table"][2]
+    assert f"{row['distance']:.3f}" in capsys.readouterr().out
+    assert cli.main(["export", str(run), "--out", str(merged)]) == 0
+
+    _, task = open_run(run)
+    task._load_student(open_run(run)[0])
+    cond, noise = task.text.encode(PROMPTS[:1]), task._noise(1, seed=3)
+    ours = task._latents("student", cond, noise, task.schedule())
+    pipe = diffusers.DiffusionPipeline.from_pretrained(merged)
+    family = family_of(pipe, height=64, width=64)
+    call = {name: value for name, value in task.sampler.call.items() if "steps" not in name}
+    theirs = record_call(family, noise, 2, prompt=PROMPTS[:1], **call).end
+    assert float((ours - theirs).abs().max()) < BOUND
+
+
+def test_text_is_encoded_once_and_a_row_is_what_the_pipeline_encodes(models, prompts):
+    config = settings(models / "qwen-image", prompts)
+    text = replace(config, train=replace(config.train, updates=3, batch_size=2)).task().text
+    conds = [text.next_cond(n) for n in range(5)]
+    assert text.visits == 1
+    for n in (0, 4):
+        batch = text.family.encode([text.prompts[i] for i in text.indices(n)])
+        assert torch.equal(conds[n]["mask"], batch["mask"])
+        difference = (conds[n]["text"] - batch["text"])[batch["mask"]]
+        assert float(difference.abs().max()) < BOUND
+
+
+def test_a_teacher_lora_is_in_the_teacher_and_in_the_file_for_the_plain_pipeline(
+    models, prompts, runs, tmp_path
+):
+    """Two files with a weight, one of them a run's own; layers of the student and others."""
+    own = runs / "sd3" / "student.safetensors"
+    task = settings(models / "sd3", prompts, teacher_lora=f"{own}:0.5, {own}").task()
+    plain = settings(models / "sd3", prompts).task()
+    difference = {
+        name: weight - plain.family.pipe.transformer.get_parameter(name)
+        for name, weight in task.family.pipe.transformer.named_parameters()
+    }
+    lora = task.teacher_lora
+    changed = {f"{name}.weight" for name, (_, b) in lora.factors.items() if b.any()}
+    assert {name for name, delta in difference.items() if delta.any()} == changed
+    for name, (a, b) in lora.factors.items():
+        assert len(a) == 8  # 4 + 4
+        assert torch.allclose(difference[f"{name}.weight"], b @ a, atol=1e-6)
+    single = settings(models / "sd3", prompts, teacher_lora=str(own)).task()
+    assert single.family is single.family
+    for name, (a, b) in single.teacher_lora.factors.items():
+        delta = difference[f"{name}.weight"]
+        assert torch.allclose(delta, 1.5 * b @ a, atol=1e-5)
+
+
+def copied(model, folder, **changes):
+    """The model's folder with other entries in model_index.json."""
+    shutil.copytree(model, folder)
+    index = json.loads((folder / "model_index.json").read_text()) | changes
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def refused(capsys, *argv):
+    assert cli.main(["distill", *map(str, argv)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    said = said.splitlines()[-1]
+    assert said.startswith("mfd-fast distill: ")
+    return said
+
+
+def test_what_is_refused_before_anything_is_loaded(models, prompts, tmp_path, capsys):
+    sd3, text = models / "sd3", ("--prompts", prompts, "--out", tmp_path / "out")
+    for number, name in enumerate(
+        ("PixArtSigmaPipeline", "StableDiffusionXLPipeline", "CogVideoXPipeline")
+    ):
+        model = copied(sd3, tmp_path / str(number), _class_name=name)
+        assert f"{name} is no flow model" in refused(capsys, model, *text)
+    flux = tmp_path / "schnell"
+    tiny_pipeline("flux1-schnell").save_pretrained(flux)
+    assert "is distilled already" in refused(capsys, flux, *text)
+    lacks = copied(sd3, tmp_path / "lacks")
+    shutil.rmtree(lacks / "text_encoder_2")
+    assert "has no text_encoder_2" in refused(capsys, lacks, *text)
+    assert "has no model_index.json" in refused(capsys, tmp_path, *text)
+    assert "did you mean 'sana-tiny'" in refused(capsys, "sana-tinny", *text)
+    assert "needs prompts: --prompts FILE" in refused(capsys, sd3)
+    assert "needs a model: mfd-fast distill MODEL" in refused(capsys, "pipeline", *text)
+    assert "64 x 60" in refused(capsys, sd3, *text, "--resolution", "64x60")
+    assert "HxW in pixels" in refused(capsys, sd3, *text, "--resolution", "big")
+    assert "give the scale with --guidance" in refused(
+        capsys, sd3, *text, "--resolution", "64x64", "--distill.guidance", "2"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_model_is_refused(models, prompts, runs, tmp_path, capsys):
+    text = ("--prompts", prompts, "--out", tmp_path / "out")
+    other = runs / "qwen-image" / "student.safetensors"
+    said = refused(capsys, models / "sd3", *text, *SHORT, "1", "--teacher-lora", other)
+    assert f"{other} is no LoRA of this StableDiffusion3Pipeline" in said
+    said = refused(capsys, models / "sd3", *text, *SHORT, "1", "--teacher-lora", "none.safetensors")
+    assert "there is no LoRA file none.safetensors" in said
+
+
+def settings(model, prompts, **pipeline):
+    config = preset(str(model))
+    pipeline = {"prompts": str(prompts), "dtype": "float32", "resolution": "64x64"} | pipeline
+    train = replace(config.train, device="cpu")
+    return replace(config, train=train, pipeline=replace(config.pipeline, **pipeline))
