@@ -80,8 +80,8 @@ def _known(name: str) -> RunConfig:
     module, colon, cls = name.partition(":")
     if not colon:
         raise ValueError(
-            f"unknown preset {name!r}; there is {', '.join(PRESETS)}{nearest(name, PRESETS)}, or give "
-            "the folder or hub id of a diffusers pipeline"
+            f"unknown preset {name!r}; there is {', '.join(PRESETS)}{nearest(name, PRESETS)}, or "
+            "give the folder or hub id of a diffusers pipeline"
         )
     try:
         config = getattr(import_module(module), cls)

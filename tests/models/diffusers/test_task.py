@@ -81,7 +81,7 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, mo
 
     card = (run / "README.md").read_text()
     pipe = diffusers.DiffusionPipeline.from_pretrained(models / name.removesuffix("-lora"))
-    weights = re.search(r'weight_name="(.*)"', card).group(1)
+    weights = re.search(r'weight_name="(.*?)"', card).group(1)
     assert (weights == "student_with_teacher_lora.safetensors") == (name == ON_LORA)
     typed = re.search(r'pipe\("a prompt", (.*)\)\.images', card).group(1)
     call = eval(f"dict({typed})")
