@@ -3,7 +3,7 @@
     python scripts/house_numbers.py [CHECKOUT]    # standard library only; nothing is imported
 
 A room is a folder or a file at the top of the package; an arrow is a room that imports another, in
-a function too; a circle is files that need each other to be imported, what only a type checker reads
+a function too; a circle is files that need each other at their import, what a type checker reads
 left out.  Lazy circles also go through imports in functions: a preset names the task it is read by.
 """
 
