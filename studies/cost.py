@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 
-from mfd_fast.distill.config import ObjectiveName
+from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.run.environment import peak_memory
 from mfd_fast.run.maker import make_distiller
 from studies.digits_runs import digits_config

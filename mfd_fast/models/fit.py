@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from mfd_fast.files.whole import write_text
 from mfd_fast.settings import Count, CountOrOff, Decay, NotNegative, Positive, Seed, Settings
@@ -78,6 +77,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: factor(config, n))
     losses = torch.zeros(config.updates)
     start = time.perf_counter()
+    from tqdm import tqdm  # here: who only loads a network needs none
+
     for n in (bar := tqdm(range(config.updates), desc=type(network).__name__, unit="update")):
         loss = loss_of(n)
         optimizer.zero_grad(set_to_none=True)

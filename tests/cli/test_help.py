@@ -30,7 +30,7 @@ def printed(line, capsys):
 def options_in(text):
     """Options in a help text: each begins a line of a box."""
     lines = re.findall(r"^[│ ] (-.*?)(?:  .*)?[│ ]?$", text, re.MULTILINE)
-    return [option for line in lines for option in re.findall(r"--[\w.-]+", line)]
+    return [option for line in lines for option in re.findall(r"--\w[\w.-]*", line)]
 
 
 @pytest.mark.parametrize("line", [*COMMANDS, *LINES])

@@ -94,7 +94,8 @@ def test_every_number_has_a_range_and_is_finite(cls):
     numbers = {
         name: value
         for name, value in vars(cls(**needed)).items()
-        if type(value) in (int, float) or name in ("max_interval", "interpolation_scale", "clip")
+        if type(value) in (int, float)
+        or name in ("max_interval", "interpolation_scale", "clip", "guidance")
     }
     assert ranges(cls).keys() == numbers.keys()
     for name, value in numbers.items():

@@ -116,7 +116,7 @@ class Distillation:
             run()
         finally:
             del self.distiller._backward
-        self.distiller.num_updates[role] += 1
+        self.distiller.trained[role].num_updates += 1
         return losses[0]
 
     def generate(self, cond: Sequence[str] | Cond, *, seed: int = 0) -> Tensor:

@@ -34,6 +34,7 @@ from mfd_fast.models.diffusers.checkpoint import (
 )
 from mfd_fast.models.diffusers.family import Cond, Family, family_of
 from mfd_fast.models.diffusers.presets import PipelineRun
+from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.record import record
 from mfd_fast.models.diffusers.sampler import StudentSampler, student_sampler
 from mfd_fast.models.diffusers.text import HostText
@@ -118,6 +119,7 @@ class PipelineTask(Task):
         return self.text.next_cond
 
     def backbone(self) -> SharedBackbone:
+        probe(self.family, self._any_cond)
         _ = self.sampler  # asked of the pipeline while all of it is on the CPU
         self.family.pipe.transformer.to(self.device)
         return self._backbone

@@ -138,12 +138,12 @@ def stand_in(mode: OnFakeCuda) -> None:
     triton.runtime.JITFunction.run = lambda kernel, *args, **kwargs: mode.launch(
         kernel, *args, **{k: v for k, v in kwargs.items() if k != "warmup"}
     )
-    import mfd_fast.distill.distiller
+    import mfd_fast.distill.trained
     import mfd_fast.run.task
     from bench.updates import networks, variants
 
     host_generator = torch.Generator
-    mfd_fast.distill.distiller.Generator = lambda *_: host_generator()
+    mfd_fast.distill.trained.Generator = lambda *_: host_generator()
     mfd_fast.run.task.pick_device = torch.device
     networks.SANAS["1.6b"] = {"num_layers": SANA_LAYERS}
     variants.INTERVAL = INTERVAL
