@@ -62,7 +62,7 @@ def estimate(
     from mfd_fast.cost.estimate import estimate as predict
     from mfd_fast.cost.table import text
 
-    config = _with_batch(config, batch)
+    config = _with_batch(config, batch).resolved()
     typed = {
         "bf16_tflops": peak_tflops or 0.0,
         "bandwidth": (bandwidth or 0.0) * GB,
@@ -145,7 +145,7 @@ def built(config: RunConfig) -> "tuple[Distiller, Callable[[int], Any]]":
     from mfd_fast.run.session import distiller_of
 
     task = config.task()
-    return distiller_of(task, config, Ranks()), task.conditions()
+    return distiller_of(task, task.config, Ranks()), task.conditions()
 
 
 @of_preset

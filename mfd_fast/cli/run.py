@@ -327,6 +327,7 @@ def check(config: RunConfig, out: Path) -> None:
     check_out(out)
     check_tracker(config.train.report_to)
     task = config.task()
+    config = task.config
     found = task.check()
     for remark in task.remarks(config.num_eval_samples):
         found["note"] = remark

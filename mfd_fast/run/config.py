@@ -139,6 +139,10 @@ class RunConfig(Settings):
         """What runs this config; the import stands inside, so that a config needs no model."""
         raise NotImplementedError(f"{type(self).__name__}.task")
 
+    def resolved(self) -> "RunConfig":
+        """The config of the task, where that knows more: a guidance that a pipeline decides."""
+        return self
+
     def shapes(self, device: str = "meta") -> "Shapes":
         """What is trained and on what, without the weights: for ``mfd-fast estimate``.
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mfd_fast.files.plain import read_json
 from mfd_fast.hub import fetch
 from mfd_fast.models.diffusers.family import adapter_of
-from mfd_fast.models.sana.lora_files import Lora, merge_lora
+from mfd_fast.models.diffusers.teacher_lora import merge_teacher_lora
+from mfd_fast.models.sana.lora_files import Lora
 
 INDEX = "model_index.json"
 CONFIGS = [INDEX, "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
-LORA = "teacher"
 
 
 def read_index(
@@ -130,19 +130,32 @@ def visiting(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
             part.to("cpu")
 
 
-def merge_teacher_lora(pipe: Any, files: str) -> Lora:
+@quiet()
+def merge_lora_files(pipe: Any, files: str) -> Lora:
     """Add LoRA files, each FILE or FILE:WEIGHT, to the pipeline's network; all of them as one.
 
-    diffusers reads them, in every spelling that it knows of this pipeline.  ``ValueError`` or
-    ``OSError`` names a file that is missing, of another model, or that changes a text encoder.
+    ``ValueError`` or ``OSError`` names a file that is missing, of another model, or that changes a
+    text encoder.
     """
-    found: Lora | None = None
-    for file, weight in lora_files(files):
-        lora = _read_lora(pipe, file, weight)
-        found = lora if found is None else lora.stacked_on(found)
-    assert found is not None, "files names one at least"
-    merge_lora(pipe.transformer, found)
-    return found
+    weights = {str(path): weight for path, weight in lora_files(files)}
+    try:
+        lora = merge_teacher_lora(pipe, weights)
+    except Exception as error:  # whatever diffusers, PEFT and safetensors raise over a file
+        lora, why = None, " ".join(str(error).split())[:160]
+    else:
+        why = "none of its layers are in the transformer"
+    if lora is None:
+        raise ValueError(
+            f"{', '.join(weights)} is no LoRA of this {type(pipe).__name__}: {why}; give one made "
+            "for it"
+        )
+    for name, part in networks(pipe).items():
+        if any(hasattr(module, "lora_A") for module in part.modules()):
+            raise ValueError(
+                f"{', '.join(weights)} changes {name} too, which stays as it is here; give a LoRA "
+                "of the transformer alone"
+            )
+    return lora
 
 
 def lora_files(files: str) -> list[tuple[Path, float]]:
@@ -157,40 +170,6 @@ def lora_files(files: str) -> list[tuple[Path, float]]:
             raise FileNotFoundError(f"there is no LoRA file {path}; give a .safetensors file")
         read.append((path, float(named.group(2) or 1.0)))
     return read
-
-
-@quiet()
-def _read_lora(pipe: Any, file: Path, weight: float) -> Lora:
-    def fail(why: object) -> None:
-        reason = " ".join(str(why).split())[:160]
-        raise ValueError(
-            f"{file} is no LoRA of this {type(pipe).__name__}: {reason}; give one made for it"
-        ) from None
-
-    try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=LORA)
-    except Exception as error:  # whatever diffusers, PEFT and safetensors raise over a file
-        fail(error)
-    layers = {name: _layers(part) for name, part in networks(pipe).items()}
-    factors = {
-        name: (a.weight.float(), b.weight.float() * (scale * weight))
-        for name, (a, b, scale) in layers.pop("transformer").items()
-    }
-    factors = {name: tuple(x.detach().clone() for x in pair) for name, pair in factors.items()}
-    pipe.unload_lora_weights()
-    if not factors:
-        fail("none of its layers are in the transformer")
-    if others := [name for name, found in layers.items() if found]:
-        fail(f"it changes {', '.join(others)} too, which stays as it is here")
-    return Lora(factors)
-
-
-def _layers(part: nn.Module) -> dict[str, tuple[Any, Any, float]]:
-    return {
-        name: (module.lora_A[LORA], module.lora_B[LORA], module.scaling[LORA])
-        for name, module in part.named_modules()
-        if LORA in getattr(module, "lora_A", {})
-    }
 
 
 def same_lora(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

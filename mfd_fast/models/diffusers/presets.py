@@ -85,6 +85,9 @@ class PipelineRun(RunConfig):
 
         return PipelineTask(self)
 
+    def resolved(self) -> RunConfig:
+        return self.task().config
+
 
 # SANA's settings with Euler steps; the guidance is the pipeline's (docs/families.md).
 PRESETS = (

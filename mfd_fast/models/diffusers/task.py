@@ -25,13 +25,14 @@ from mfd_fast.models.diffusers.checkpoint import (
     check_parts,
     load_pipeline,
     lora_files,
-    merge_teacher_lora,
+    merge_lora_files,
     networks,
     outline,
     read_index,
     same_lora,
     visiting,
 )
+from mfd_fast.models.diffusers.distillation import WITH_TEACHER
 from mfd_fast.models.diffusers.family import Cond, Family, family_of
 from mfd_fast.models.diffusers.presets import PipelineRun
 from mfd_fast.models.diffusers.probe import probe
@@ -44,7 +45,6 @@ from mfd_fast.pictures.rows import image_rows
 from mfd_fast.run.folder import STUDENT, RunFolder
 from mfd_fast.run.task import Task, pictures
 
-WITH_TEACHER = "student_with_teacher_lora.safetensors"
 GRID = "samples_grid.png"
 IMAGES = 4  # in a grid
 SEED = 1
@@ -137,7 +137,7 @@ class PipelineTask(Task):
             variant=self.settings.variant or None,
         )
         if self.settings.teacher_lora:
-            self.teacher_lora = merge_teacher_lora(pipe, self.settings.teacher_lora)
+            self.teacher_lora = merge_lora_files(pipe, self.settings.teacher_lora)
         return family_of(pipe, **self.options)
 
     @cached_property
@@ -168,8 +168,10 @@ class PipelineTask(Task):
 
     @cached_property
     def sampler(self) -> StudentSampler:
-        """The student's nodes, and what the pipeline needs for them."""
-        return student_sampler(self.family, self._any_cond, self.config.distill.student_steps)
+        """The student's nodes, and what the pipeline needs for them; the pipeline is probed."""
+        cond = self._any_cond
+        probe(self.family, cond)
+        return student_sampler(self.family, cond, self.config.distill.student_steps)
 
     @cached_property
     def teacher_schedule(self) -> Schedule:

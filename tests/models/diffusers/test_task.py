@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
 
 from mfd_fast import cli
+from mfd_fast.cli.cost import built
 from mfd_fast.models import open_run, preset
 from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.record import record_call
@@ -135,6 +136,14 @@ def test_sampling_evaluating_and_exporting_a_finished_run(runs, tmp_path, capsys
     assert float((ours - theirs).abs().max()) < BOUND
 
 
+def test_what_measures_a_run_takes_the_pipelines_own_guidance(models, prompts):
+    config = settings(models / "sd3", prompts)
+    assert config.distill.guidance == 1.0
+    assert config.resolved().distill.guidance == built(config)[0].config.guidance == 7.0
+    told = replace(config, pipeline=replace(config.pipeline, guidance=2.0))
+    assert told.resolved().distill.guidance == 2.0
+
+
 def test_text_is_encoded_once_and_a_row_is_what_the_pipeline_encodes(models, prompts):
     config = settings(models / "qwen-image", prompts)
     text = replace(config, train=replace(config.train, updates=3, batch_size=2)).task().text
@@ -147,28 +156,20 @@ def test_text_is_encoded_once_and_a_row_is_what_the_pipeline_encodes(models, pro
         assert float(difference.abs().max()) < BOUND
 
 
-def test_a_teacher_lora_is_in_the_teacher_and_in_the_file_for_the_plain_pipeline(
-    models, prompts, runs, tmp_path
-):
-    """Two files with a weight, one of them a run's own; layers of the student and others."""
-    own = runs / "sd3" / "student.safetensors"
-    task = settings(models / "sd3", prompts, teacher_lora=f"{own}:0.5, {own}").task()
-    plain = settings(models / "sd3", prompts).task()
-    difference = {
-        name: weight - plain.family.pipe.transformer.get_parameter(name)
-        for name, weight in task.family.pipe.transformer.named_parameters()
-    }
-    lora = task.teacher_lora
-    changed = {f"{name}.weight" for name, (_, b) in lora.factors.items() if b.any()}
-    assert {name for name, delta in difference.items() if delta.any()} == changed
-    for name, (a, b) in lora.factors.items():
-        assert len(a) == 8  # 4 + 4
-        assert torch.allclose(difference[f"{name}.weight"], b @ a, atol=1e-6)
-    single = settings(models / "sd3", prompts, teacher_lora=str(own)).task()
-    assert single.family is single.family
-    for name, (a, b) in single.teacher_lora.factors.items():
-        delta = difference[f"{name}.weight"]
-        assert torch.allclose(delta, 1.5 * b @ a, atol=1e-5)
+def test_a_teacher_lora_is_in_the_weights_of_all_roles(models, prompts, runs):
+    """Two files with a weight each; the student's own file for the plain pipeline: the card."""
+    first, second = (runs / name / "student.safetensors" for name in ("sd3", ON_LORA))
+    task = settings(models / "sd3", prompts, teacher_lora=f"{first}:0.5, {second}").task()
+    plain = settings(models / "sd3", prompts).task().family.pipe.transformer
+    states = load_file(first), load_file(second)
+    for name, weight in task.family.pipe.transformer.named_parameters():
+        key = f"transformer.{name.removesuffix('.weight')}.lora_"
+        delta = weight - plain.get_parameter(name)
+        if f"{key}A.weight" not in states[0]:
+            assert not delta.any()
+            continue
+        products = [state[f"{key}B.weight"] @ state[f"{key}A.weight"] for state in states]
+        assert float((delta - 0.5 * products[0] - products[1]).abs().max()) < BOUND
 
 
 def copied(model, folder, **changes):
