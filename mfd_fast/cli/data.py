@@ -168,12 +168,9 @@ def encode_prompts(
         prompts, key=prompt_key or None, skip_bad=skip_bad, max_prompts=max_prompts
     )
     encoder = load_sana_text_encoder(
-        checkpoint,
-        revision=revision or None,
-        variant=variant or None,
-        dtype=getattr(torch, dtype),
-        device=where,
-    )
+        checkpoint, revision=revision or None, variant=variant or None,
+        dtype=getattr(torch, dtype), device=where,
+    )  # fmt: skip
     _write_texts(out, source, encoder, batch=batch, shard_size=shard_size)
 
 

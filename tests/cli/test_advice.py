@@ -19,12 +19,11 @@ DISTILL = {"--out", "--resume", "--dry-run", "--config", "--objective", "--memor
 DISTILL |= {"--prompt", "--help"}  # of sample, and of all
 # Modules that one command alone runs, and what it has besides.
 OF_ONE_COMMAND = {
-    "data/text_shard.py": {"--dtype"},
-    "data/occupancy_store.py": {"--data", "--skip-missing"},
-    "data/occupancy_synthetic.py": {"--data"},
-    "tasks/sana_text.py": {"--prompts"},
-    "tasks/cifar10_teacher.py": {"--out"},
-    "studies/report.py": {"--seed"},
+    "models/sana/text/shard.py": {"--dtype"},
+    "models/occfm/data/store.py": {"--data", "--skip-missing"},
+    "models/occfm/data/synthetic.py": {"--data"},
+    "models/sana/text/source.py": {"--prompts"},
+    "models/cifar10/teacher.py": {"--out"},
     "cost/devices.py": {"--peak-tflops", "--bandwidth", "--memory"},
     "cost/estimate.py": {"--gpus"},
 }
