@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from mfd_fast.cli.parse import HELP, Command, show, subcommands, union_of_names
+from mfd_fast.cli.parse import HELP, Command, completed, listed, show
 from mfd_fast.run.config import nearest
 from mfd_fast.run.stop import Stopped
 
@@ -74,11 +74,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _help(argv: list[str]) -> int:
     """tyro's help, or its script that completes commands, names and settings in a shell."""
+    known = {name: command_of(name) for name in COMMANDS}
+    kind = listed({name: command.sentence for name, command in known.items()})
     try:
-        show(subcommands({name: command_of(name) for name in COMMANDS}), argv, "mfd-fast", ABOUT)
+        show(completed(known) if argv[0] in COMPLETION else kind, argv, "mfd-fast", ABOUT)
     except SystemExit as stop:
         return int(stop.code or 0)
-    return 0
+    except (AssertionError, ImportError) as error:  # a shell that tyro does not know
+        print(f"mfd-fast: {error}", file=sys.stderr)
+    return 2
 
 
 def _run(name: str, argv: list[str]) -> None:
@@ -88,7 +92,7 @@ def _run(name: str, argv: list[str]) -> None:
     noun, typed = command.noun, argv[0] if argv else ""
     if typed in HELP:
         text = f"{command.text}\n\n{prog} {noun} --help lists its options."
-        show(union_of_names(command), argv, prog, text)
+        show(listed(command.names), argv, prog, text)
     elif not typed or typed.startswith("-"):
         got = f", {noun} first; got {typed!r}" if typed else f"; {prog} --help shows an example"
         raise ValueError(f"expected {prog} {noun}{got}")

@@ -1,6 +1,5 @@
 """``mfd-fast estimate | profile | info``: what a run costs, and what it runs on."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mfd_fast.cli.parse import Config, Optional, words
-from mfd_fast.cli.run import File, Start, of_preset
+from mfd_fast.cli.run import File, Start, check_writable, of_preset
 from mfd_fast.run.config import RunConfig
 from mfd_fast.settings import Count, Positive
 
@@ -167,7 +166,9 @@ def profile(
         batch: Samples an update; train.batch_size if left out.
     """
     folder = out or Path(f"runs/profile-{config.preset}")
-    _check_folder(folder)
+    if (folder / TRACE).exists():
+        raise ValueError(f"{folder} holds a profile already; choose another folder with --out")
+    check_writable(folder)
     from mfd_fast.cost.profile import profile_cycles, summary
 
     distiller, next_cond = built(_with_batch(config, batch))
@@ -175,15 +176,6 @@ def profile(
     result = profile_cycles(distiller, next_cond, folder / TRACE, cycles=cycles)
     print(summary(result))
     print(folder / TRACE)
-
-
-def _check_folder(folder: Path) -> None:
-    """``ValueError`` if a profile is there, or cannot be written there."""
-    if (folder / TRACE).exists():
-        raise ValueError(f"{folder} holds a profile already; choose another folder with --out")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{parent} is no folder that can be written; choose another with --out")
 
 
 def _make_folder(folder: Path) -> None:

@@ -129,21 +129,25 @@ def command(**about: Any) -> Callable[[Callable[..., None]], Command]:
     return lambda run: Command(run, **about)
 
 
-def subcommands(commands: Mapping[str, Command]) -> Any:
-    """The type from which tyro makes a subcommand of each."""
+def listed(sentences: Mapping[str, str]) -> Any:
+    """The type of subcommands that tyro's help lists; nothing of them is imported."""
+    return _union(_subcommand(*about, lambda: lambda: None) for about in sentences.items())
+
+
+def completed(commands: Mapping[str, Command]) -> Any:
+    """The type of all that a shell completes: commands, their names, the settings of each."""
+
+    def of(known: Command) -> Any:
+        return _union(
+            _subcommand(name, sentence, partial(known.ready, name))
+            for name, sentence in known.names.items()
+        )
+
     return _union(
-        Annotated[union_of_names(known), tyro.conf.subcommand(name, description=known.sentence)]
+        Annotated[of(known), tyro.conf.subcommand(name, description=known.sentence)]
         if known.names
         else _subcommand(name, known.sentence, partial(known.ready, ""))
         for name, known in commands.items()
-    )
-
-
-def union_of_names(known: Command) -> Any:
-    """The type of a command's own subcommands."""
-    return _union(
-        _subcommand(name, sentence, partial(known.ready, name))
-        for name, sentence in known.names.items()
     )
 
 

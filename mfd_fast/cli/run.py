@@ -1,5 +1,6 @@
 """The commands of a run's life: distill, config, sample, evaluate, export, report, compat."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -349,6 +350,11 @@ def check_out(out: Path) -> None:
     """``ValueError`` if a new run cannot be written there."""
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} already holds files; choose another folder with --out")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """``ValueError`` if no such folder can be made."""
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{parent} is no folder that can be written; choose another with --out")
@@ -356,12 +362,8 @@ def check_out(out: Path) -> None:
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> str:
     """Installed versions; what is missing is not named."""
-    found = {name: _version(name) for name in packages}
-    return ", ".join(f"{name} {number}" for name, number in found.items() if number)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    found = []
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)

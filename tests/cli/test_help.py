@@ -171,3 +171,8 @@ def test_bash_completes(words, expected, bash):
     script = bash + BASH_PROBE.format(words=words)
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_shell_that_is_not_known(capsys):
+    assert cli.main(["--tyro-print-completion", "fsh"]) == 2
+    assert capsys.readouterr().err.startswith("mfd-fast: Shell should be one `bash`, `zsh`")
