@@ -16,7 +16,7 @@ from mfd_fast import ops
 OPERATORS = sorted(
     path.stem
     for path in Path(ops.__file__).parent.glob("*.py")
-    if "torch.library.define" in path.read_text()
+    if "= define(" in path.read_text()
 )
 
 
