@@ -11,7 +11,7 @@ def bench(argv: list[str]) -> None:
     no_more(rest, ("--out", "--only", "--smoke"))
     try:
         from bench.__main__ import run
-        from bench.harness import Options
+        from bench.running import Options
     except ImportError as error:
         raise ValueError(
             f"the benchmarks are in the repository, not in the installed package ({error}): run "
