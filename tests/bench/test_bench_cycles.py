@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from torch.utils._pytree import tree_leaves
 
-from bench.harness import Options
 from bench.predict import cycles
 from bench.results import record
+from bench.running import Options
 from mfd_fast.models.presets import preset
 from mfd_fast.models.shapes import meta_model
 
