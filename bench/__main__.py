@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import BenchmarkError, Options
 from bench.results import record, short, summary
+from bench.running import BenchmarkError, Options
 from mfd_fast.cost.devices import here
 from mfd_fast.run.environment import ROOT
 

@@ -8,30 +8,24 @@ cases before it are kept.  On the CPU the implementations take turns, one call e
 inputs.
 """
 
-import json
 import math
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bench.running import BenchmarkError, Options, spread
 from mfd_fast.cost.devices import copy_bandwidth
 from mfd_fast.testing.numerics import assert_as_accurate
 
-ROOT = Path(__file__).resolve().parents[1]
 # CUDA: replays that are timed, and the least number of calls in one, so that its launch is shared.
 REPLAYS = 50
 MIN_CALLS = 10
@@ -49,29 +43,6 @@ LATENTS = [(f"sana-1024 x{batch}", batch, SANA_ELEMENTS) for batch in (1, 3, 12)
 LATENTS += [("occfm x8", 8, OCCFM_ELEMENTS)]
 
 Implementations = dict[str, Callable[..., object]]
-
-
-class BenchmarkError(ValueError):
-    """Something was not measured; what was is kept."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of every benchmark.
-
-    repeats: timed updates or cycles of a row; 0: the benchmark's own number.
-    """
-
-    device: str = "cpu"
-    smoke: bool = False
-    only: str = ""
-    with_compile: bool = True
-    repeats: int = 0
-    out: Path | None = None
-
-    def wants(self, case: str) -> bool:
-        """Whether ``--only`` finds the case's name."""
-        return bool(re.search(self.only, case))
 
 
 @dataclass(frozen=True)
@@ -207,26 +178,29 @@ def verify(
 
 
 def measure(
-    impls: Implementations, inputs: Callable[[], tuple], device: str
+    impls: Implementations, inputs: Callable[[], tuple], device: str, share: float = 1.0
 ) -> dict[str, tuple[list[float], str]]:
-    """Microseconds per call of every implementation, and how taken ("graph", "cpu")."""
+    """Microseconds per call of every implementation, and how taken ("graph", "cpu").
+
+    ``share`` of the time that a measurement takes.
+    """
     if torch.device(device).type == "cpu":
-        return {name: (us, "cpu") for name, us in _measure_cpu(impls, inputs()).items()}
+        return {name: (us, "cpu") for name, us in _measure_cpu(impls, inputs(), share).items()}
     copies = _cold_copies(inputs)
     return {name: (_measure_cuda(fn, copies), "graph") for name, fn in impls.items()}
 
 
-def _measure_cpu(impls: Implementations, args: tuple) -> dict[str, list[float]]:
+def _measure_cpu(impls: Implementations, args: tuple, share: float) -> dict[str, list[float]]:
     calls = MIN_CALLS
     for fn in impls.values():
-        deadline = time.perf_counter() + WARMUP_S
+        deadline = time.perf_counter() + share * WARMUP_S
         count = 0
         while count < 2 or time.perf_counter() < deadline:
             fn(*args)
             count += 1
         calls = max(calls, math.ceil(count / WARMUP_S * CPU_SECONDS))
     samples: dict[str, list[float]] = {name: [] for name in impls}
-    deadline = time.perf_counter() + CPU_SECONDS * len(impls)
+    deadline = time.perf_counter() + share * CPU_SECONDS * len(impls)
     while len(samples["eager"]) < MIN_CALLS or (
         len(samples["eager"]) < calls and time.perf_counter() < deadline
     ):
@@ -281,63 +255,6 @@ def _replay_times(replay: Callable[[], object]) -> list[float]:
     return [begin.elapsed_time(end) * 1e3 for begin, end in events]
 
 
-def spread(samples: list[float], key: str, scale: float, digits: int) -> dict[str, float]:
-    """Median, p10 and p90 of seconds (or of what ``scale`` makes of them), as columns."""
-    tenths = quantiles([*samples, *samples], n=10, method="inclusive")
-    values = {key: median(samples), f"{key}_p10": tenths[0], f"{key}_p90": tenths[-1]}
-    return {name: round(scale * value, digits) for name, value in values.items()}
-
-
-def timed(
-    updates: dict[str, Callable[[], object]],
-    repeats: int,
-    device: str,
-    *,
-    warmup: int = 0,
-    least: float = 0.0,
-) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, CPU seconds of the process) of every update; they take turns.
-
-    ``warmup`` calls are not counted; ``least``: go on until that many seconds of each are.
-    """
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
-    spent, turn = 0.0, -warmup
-    while turn < repeats or spent < least:
-        for name, update in updates.items():
-            start, used = time.perf_counter(), time.process_time()
-            update()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize()
-            taken = time.perf_counter() - start, time.process_time() - used
-            if turn >= 0:
-                samples[name].append(taken)
-                spent += taken[0] / len(updates)
-        turn += 1
-    return samples
-
-
-def elsewhere(function: Callable[..., Any], *arguments: Any, **env: str) -> Any:
-    """What ``function(*arguments)`` gives in a process of its own, by way of JSON.
-
-    ``BenchmarkError`` if it fails; why is on stderr.
-    """
-    code = (
-        f"import json; from {function.__module__} import {function.__name__} as run; "
-        f"print(json.dumps(run(*{arguments!r})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BenchmarkError(f"{function.__name__} failed with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def rows_of(name: str, operator: Operator, case: Case, options: Options, copy: float) -> list[dict]:
     """Verify, then time every implementation of one case; a row each.
 
@@ -347,7 +264,7 @@ def rows_of(name: str, operator: Operator, case: Case, options: Options, copy: f
     impls, inputs = operator.implementations(name, case, options), partial(operator.inputs, case)
     where = operator.name_of(case)
     verify(impls, inputs, operator.exact_of(case), " ".join(where.values()))
-    results, rows = measure(impls, inputs, options.device), []
+    results, rows = measure(impls, inputs, options.device, options.share), []
     for impl, (samples, timing) in results.items():
         seconds = median(samples) * 1e-6
         rate = case.bytes_moved / seconds

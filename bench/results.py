@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.harness import Options
+from bench.running import Options
 from mfd_fast.cost.table import aligned
 from mfd_fast.run.environment import ROOT, environment
 

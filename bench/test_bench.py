@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bench.__main__ import OPERATORS
-from bench.harness import Options, verify
+from bench.harness import verify
+from bench.running import Options
 from bench.updates.variants import make_loop, variants_of
 from mfd_fast.cost.devices import here
 

@@ -1,15 +1,8 @@
-"""Gate + bias + residual: ``out = x + gate_s * (y + bias)`` and its gradients.
+"""Gate + bias + residual and its gradients; the contract is ``ops/gated_residual.py``.
 
-    grad_y    = gate_s * grad                       (the gradient to x is grad itself: no kernel)
-    grad_gate = sum over a sample's rows of grad * (y + bias)
-    grad_bias = sum over samples of gate_s * (sum over rows of grad)
-
-x, y are [R, T, C], read here as [S, M, C]: S samples, M rows of one sample, C channels; gate is
-[S, C] with any row stride, bias is [C] or None.
-
-Traffic: forward 2 reads and 1 write; backward 1 read and 1 write, and 1 read of y if the gate's
-gradient is wanted (then also 2 * 4 * BLOCK_C bytes of partial sums for each of about PROGRAMS
-programs).
+x, y are read as [S, M, C]: S samples, M rows of one sample, C channels.  The gradient to x is grad
+itself: no kernel.  Where the gate's gradient is wanted, each of about PROGRAMS programs leaves
+2 * 4 * BLOCK_C bytes of partial sums.
 """
 
 import torch

@@ -1,11 +1,6 @@
-"""Noising and the flow-matching target in one pass.
+"""Noising and the flow-matching target in one pass; the contract is ``ops/interpolate.py``.
 
-    x_t    = (1 - t_b) x0 + t_b noise
-    target = noise - x0                     (optional)
-
-x0, noise, x_t, target are [B, N] (N: all other dimensions), t is [B] float32 on the device.
-
-Traffic: 2 reads and 1 or 2 writes per element; the copy bandwidth is the roofline.
+Samples are [B, N] (N: all other dimensions), t is [B] float32 on the device.
 """
 
 import torch

@@ -1,10 +1,4 @@
-"""LayerNorm (or RMS norm) + modulation per sample: launchers.
-
-    y = norm(x) [* gain] * (1 + scale_s) + shift_s
-
-x [R, T, C], scale and shift [S, C] with any row stride, S a divisor of R, gain [C].  The kernels,
-their traffic and their launch shapes are in ``norm_modulate*.py``.
-"""
+"""Launchers of ``ops/layer_norm_modulate.py``; the kernels are in ``norm_modulate*.py``."""
 
 import torch
 from torch import Tensor

@@ -1,15 +1,10 @@
 """ReLU linear attention in two kernels: the state of every head, then its product with the queries.
 
-    state  = sum_t [v_t; 1] relu(k_t)^T                         [D + 1, D] fp32 per head
-    out_t  = (state[:D] relu(q_t)) / (state[D] relu(q_t) + eps)
-
-q, k, v are [R, T, H, D] with any strides but the last; out is [R, T, H, D] contiguous.  Tokens are
-cut into S <= MAX_SPLITS ranges by their number alone, so a row's result does not depend on the rows
-beside it.  One program sums one range of one head into partial [R, H, S, D + 1, D]; the programs of
-the second kernel add the S partial states in order (from L2).  No atomics: bitwise repeatable.
-
-Traffic: reads q, k, v and writes out once, 4 R T H D elements; the partial states of SANA 1024px
-(S = 2) add 6 %, most of it in L2.  Memory bound: 4 D flops per token and head for 8 bytes of bf16.
+The contract is ``ops/linear_attention.py``.  Tokens are cut into S <= MAX_SPLITS ranges by their
+number alone, so a row's result does not depend on the rows beside it.  One program sums one range
+of one head into partial [R, H, S, D + 1, D]; the programs of the second kernel add the S partial
+states in order (from L2).  No atomics: bitwise repeatable.  The partial states of SANA 1024px
+(S = 2) add 6 % to the traffic, most of it in L2.
 
 Sums are fp32.  One operand of every product is an input, exact in the tensor core; the other may be
 the fp32 state, multiplied by ``dot_wide``: its error in bf16, 2^-17, is far below the 2^-9 of

@@ -1,15 +1,7 @@
-"""Loss, distance and gradient of Mean Flow Distillation from two end states.
+"""Loss, distance and gradient of Mean Flow Distillation; the contract is ``ops/mfd_loss.py``.
 
-    d_b      = end_aux_b - end_teacher_b;  u_T - u_A is d_b / span_b
-    loss     = sum over b of weight_b <d_b, x_b> / (span_b numel)
-    distance = |d_b|_2 / |span_b|
-    grad_b   = weight_b d_b / (span_b numel)
-
-x, grad are [B, N]; the ends are [B, N] with a free batch stride; span, weight are [B] float32.
-Every program leaves two partial sums and a second kernel adds them in a fixed order: no atomics,
-the same bits in every run.
-
-Traffic: 3 reads and 1 write per element, and 8 bytes per program.
+Samples are [B, N].  Every program leaves two partial sums (8 bytes) and a second kernel adds them
+in a fixed order: no atomics, the same bits in every run.
 """
 
 import torch

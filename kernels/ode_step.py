@@ -1,15 +1,6 @@
-"""One step of a linear multistep solver for every trajectory of every sample, guidance included.
+"""One solver step of every trajectory of every sample; the contract is ``ops/ode_step.py``.
 
-    v_s  = v_uncond + w (v_cond - v_uncond)    for the guided trajectory s = 0, else its own lane
-    x_s <- a x_s + b v_s + c h_s               coefficients (a, b, c, p, q) per sample
-    h_s <- p x_s + q v_s                       with the old x_s; optional
-    in  <- x_s in the model's dtype, on every lane of its trajectory; optional
-
-x, h are [B, S, N] float32; v, in are [B, L, N] with L = S, or S + 1 if trajectory 0 is guided (lane
-0 conditional, lane 1 unconditional); coef is [B, 5] float32 on the device.
-
-Traffic per trajectory and element: x read and written, its lanes of v read (of in written), h read
-and written.  The copy bandwidth is the roofline.
+States are [B, S, N], lanes [B, L, N].  The copy bandwidth is the roofline.
 """
 
 import triton

@@ -1,12 +1,7 @@
-"""Rows in e4m3 with a float32 scale each, in one pass.
+"""Rows in e4m3 with a float32 scale each; the contract is ``ops/quantize_rows.py``.
 
-    scale = max |x| / 448        values = x (448 / max |x|), rounded to nearest even
-
-x [M, K] float32, bfloat16 or float16; values [M, K] float8_e4m3fn, scale [M] float32.  Needs
-compute capability 8.9.
-
-Traffic: 1 read and 1 byte written per element.  A program holds its row in registers, so x is read
-once.
+x [M, K], scale [M].  Needs compute capability 8.9.  A program holds its row in registers, so x is
+read once.
 """
 
 import torch

@@ -1,11 +1,4 @@
-"""OccFM's RMS norm + modulation per sample + SiLU on channels-last activations: launchers.
-
-    z = x / max(|x|_2, eps) * sqrt(C) * gain [* (1 + scale_s) + shift_s]
-    y = z * sigmoid(z)
-
-x [N, ..., C], gain [C], scale and shift [S, C] (any row stride, S a divisor of N) or None.  The
-kernels, their traffic and their launch shapes are in ``norm_modulate*.py``.
-"""
+"""Launchers of ``ops/rms_norm_modulate_silu.py``; the kernels are in ``norm_modulate*.py``."""
 
 import torch
 from torch import Tensor

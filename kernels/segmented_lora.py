@@ -1,4 +1,4 @@
-"""Low-rank adapters of some rows: every product of the forward and of the backward.
+"""Low-rank adapters of some rows, forward and backward; the contract is ``ops/segmented_lora.py``.
 
     hidden[t, g, j]   = sum_c x[t, c] A[k, g, j, c]                        shrink
     y[t, g, n]       += scale sum_j hidden[t, g, j] B[k, g, n, j]          expand
@@ -7,14 +7,10 @@
     dA[k, g, j, c]    = sum over rows r of k, t of dh[t, g, j] x[t, c]
     dB[k, g, n, j]    = scale sum over rows r of k, t of dy[t, g, n] hidden[t, g, j]
 
-for every row r with k = rows[r] >= 0.  The first four are one kernel with other strides, the last
-two another.  A program of a row without an adapter returns at once, or, where the output has to be
-complete, copies y or writes zeros: which rows have one is known to the device only.
-
-hidden and dh are in the model's dtype, as PEFT's are; sums are fp32 (ieee for fp32 inputs).  The
-gradients of A and B are summed over rows and tokens in order by one program each.
-
-Traffic: see ``ops/segmented_lora.py``; tensor-core bound and memory bound about equally at rank 64.
+The first four are one kernel with other strides, the last two another.  A program of a row without
+an adapter returns at once, or, where the output has to be complete, copies y or writes zeros: which
+rows have one is known to the device only.  hidden and dh are in the model's dtype, as PEFT's are.
+The gradients of A and B are summed over rows and tokens in order by one program each.
 """
 
 import torch

@@ -14,9 +14,7 @@ import torch
 from mfd_fast import ops
 
 OPERATORS = sorted(
-    path.stem
-    for path in Path(ops.__file__).parent.glob("*.py")
-    if "torch.library.define" in path.read_text()
+    path.stem for path in Path(ops.__file__).parent.glob("*.py") if "= define(" in path.read_text()
 )
 
 

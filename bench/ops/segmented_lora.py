@@ -37,10 +37,10 @@ def ours(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, lanes: int) -
     return segmented_lora_(y, x, a, b, rows, SCALE)[lanes - 1 :: lanes]
 
 
-def inputs(lanes: int, samples: int, dtype: torch.dtype, device: str) -> tuple:
+def inputs(lanes: int, samples: int, tokens: int, dtype: torch.dtype, device: str) -> tuple:
     count = lanes * samples
-    y = torch.randn(count, TOKENS, TARGETS * WIDTH, device=device).to(dtype)
-    x = torch.randn(count, TOKENS, WIDTH, device=device).to(dtype)
+    y = torch.randn(count, tokens, TARGETS * WIDTH, device=device).to(dtype)
+    x = torch.randn(count, tokens, WIDTH, device=device).to(dtype)
     a = (torch.randn(1, TARGETS, RANK, WIDTH, device=device) / WIDTH**0.5).to(dtype)
     b = (torch.randn(1, TARGETS, WIDTH, RANK, device=device) / RANK**0.5).to(dtype)
     rows = torch.tensor(([-1] * (lanes - 1) + [0]) * samples, dtype=torch.int32, device=device)
@@ -49,6 +49,7 @@ def inputs(lanes: int, samples: int, dtype: torch.dtype, device: str) -> tuple:
 
 def cases(device: str, smoke: bool) -> Iterator[Case]:
     shapes = SHAPES[:2] if device == "cpu" else SHAPES
+    tokens = 32 if smoke else TOKENS
     wide, narrow = TARGETS * WIDTH, TARGETS * RANK
     forward, whole = WIDTH + 2 * narrow + 2 * wide, 5 * WIDTH + 6 * narrow + 4 * wide
     dtypes = torch.float32, torch.bfloat16
@@ -57,9 +58,9 @@ def cases(device: str, smoke: bool) -> Iterator[Case]:
             yield Case(
                 name,
                 dtype,
-                partial(inputs, lanes, samples, dtype, device),
-                bytes_moved=samples * TOKENS * (whole if train else forward) * dtype.itemsize,
-                flops=samples * (3 if train else 1) * 4 * TOKENS * WIDTH * narrow,
+                partial(inputs, lanes, samples, tokens, dtype, device),
+                bytes_moved=samples * tokens * (whole if train else forward) * dtype.itemsize,
+                flops=samples * (3 if train else 1) * 4 * tokens * WIDTH * narrow,
                 train=train,
             )
 

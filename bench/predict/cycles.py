@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Options
+from bench.running import Options
 from mfd_fast.cost import estimate, this_machine
 from mfd_fast.cost.measured import efficiency_here, measured_phases
 from mfd_fast.cost.profile import profile_cycles, summary

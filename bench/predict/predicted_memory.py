@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.harness import Options, elsewhere
+from bench.running import Options, elsewhere
 from bench.updates import networks
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost import trace_cycle

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from bench.harness import Options, timed
+from bench.running import Options, timed
 from bench.updates import networks
 from bench.updates.variants import SANA_SIZES, STEP, working_dtype
 from mfd_fast.cost import this_machine, trace_cycle

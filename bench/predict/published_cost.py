@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from bench.harness import Options
 from bench.predict.table4 import GPU, PRESET
+from bench.running import Options
 from bench.updates.literal import AUX, STUDENT, LiteralLoop, OfficialSettings, Prompt, make_loop
 from bench.updates.sana_literal import official_config
 from bench.updates.sana_sizes import SIZES, Published

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import Options
 from bench.results import RESULTS
+from bench.running import Options
 from mfd_fast.cost.devices import COPY_BYTES, MATMUL_SIDE, copy_bandwidth, matmul_flops, seconds_of
 
 # A CPU multiplies float16 by converting it: no roof of its own.

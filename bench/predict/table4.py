@@ -6,7 +6,7 @@ Nothing is fitted: presets, data sheet and assumed shares are those of the comma
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bench.harness import Options
+from bench.running import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.models import preset

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from bench.harness import Options
+from bench.running import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.estimate import Estimate, cycle_seconds

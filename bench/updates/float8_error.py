@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import Options
+from bench.running import Options
 from bench.updates import networks
 from mfd_fast import DistillConfig, Distiller, SharedBackbone
 from mfd_fast.backbones.adapters import AdapterBank

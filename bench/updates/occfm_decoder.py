@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.harness import Options, verify
+from bench.harness import verify
+from bench.running import Options
 from bench.updates.occfm_network import counted
 from mfd_fast.models.occfm.vae.config import VAE_CONFIGS, VaeConfig
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
@@ -24,20 +25,20 @@ def make_vae(config: VaeConfig, device: str) -> OccupancyVae:
 
 
 @torch.no_grad()
-def rows_of(config: VaeConfig, frames: int, dtype: torch.dtype, device: str) -> list[dict]:
+def rows_of(config: VaeConfig, frames: int, dtype: torch.dtype, options: Options) -> list[dict]:
     """One row each for the reference decoder ("eager") and the fast one ("ours")."""
-    generator = torch.Generator().manual_seed(1)
+    device, generator = options.device, torch.Generator().manual_seed(1)
     latents = torch.randn(frames, *config.latent_shape, generator=generator).to(device, dtype)
     fast, vae = FastDecoder(make_vae(config, device)).to(dtype), make_vae(config, device).to(dtype)
     name, wide = str(dtype).removeprefix("torch."), make_vae(config, device).double()
     scores = {"eager": vae.decode, "ours": fast}
     verify(scores, lambda: (latents[:1],), wide.decode, f"{frames} frame(s) {name}")
     impls = {"eager": vae.decode_classes, "ours": fast.decode_classes}
-    return counted(impls, lambda: (latents,), device, frames=frames, dtype=name)
+    return counted(impls, lambda: (latents,), options, frames=frames, dtype=name)
 
 
 def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     config = VAE_CONFIGS["tiny" if options.smoke else "occfm_vae"]
     cases = CASES[: 1 if options.smoke else None]
-    batches = (rows_of(config, frames, dtype, options.device) for frames, dtype in cases)
+    batches = (rows_of(config, frames, dtype, options) for frames, dtype in cases)
     return "occfm_decoder", {"smoke": options.smoke, "vae": vars(config)}, batches

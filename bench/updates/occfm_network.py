@@ -13,7 +13,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.harness import Implementations, Options, measure, spread, verify
+from bench.harness import Implementations, measure, verify
+from bench.running import Options, spread
 from bench.updates.networks import ReferenceOccfm, occfm_inputs
 from mfd_fast.models.occfm import CONFIGS, OccfmConfig, OccfmNetwork
 from mfd_fast.testing.counting import Count, Traffic
@@ -54,10 +55,11 @@ def inputs(network: OccfmNetwork, device: str) -> tuple:
 
 
 def counted(
-    impls: Implementations, make: Callable[[], tuple], device: str, **case: object
+    impls: Implementations, make: Callable[[], tuple], options: Options, **case: object
 ) -> list[dict]:
     """Milliseconds, operators and bytes of every implementation of a case."""
-    rows, samples = [], {name: us for name, (us, _) in measure(impls, make, device).items()}
+    taken = measure(impls, make, options.device, options.share)
+    rows, samples = [], {name: us for name, (us, _) in taken.items()}
     for name, run in impls.items():
         args = make()
         with Count() as count, Traffic() as traffic:
@@ -76,20 +78,20 @@ def counted(
     return rows
 
 
-def rows_of(name: str, config: OccfmConfig, device: str, is_train: bool) -> list[dict]:
+def rows_of(name: str, config: OccfmConfig, options: Options, is_train: bool) -> list[dict]:
     """Both paths of a case, once they have proved right."""
-    network = OccfmNetwork(config).to(device).requires_grad_(is_train)
+    network = OccfmNetwork(config).to(options.device).requires_grad_(is_train)
     paths: Implementations = {"eager": reference, "ours": fast}
     if is_train:
         paths = {key: partial(train, path) for key, path in paths.items()}
     impls = {key: partial(path, network) for key, path in paths.items()}
-    make = partial(inputs, network, device)
+    make = partial(inputs, network, options.device)
     exact = None if is_train else partial(reference, copy.deepcopy(network).double())
     verify(impls, make, exact, name)
-    return counted(impls, make, device, shape=name, dtype="float32")
+    return counted(impls, make, options, shape=name, dtype="float32")
 
 
 def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     shapes = [one for one in (SMOKE if options.smoke else SHAPES) if options.wants(one[0])]
-    batches = (rows_of(name, config, options.device, is_train) for name, config, is_train in shapes)
+    batches = (rows_of(name, config, options, is_train) for name, config, is_train in shapes)
     return "occfm_network", {"smoke": options.smoke}, batches

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.harness import Options, spread, timed
+from bench.running import Options, spread, timed
 from bench.updates.literal import GRID, LiteralLoop, OfficialSettings, Prompt, make_loop
 from bench.updates.sana_sizes import SIZES
 from bench.updates.variants import FixedInterval

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import BenchmarkError, Options, elsewhere, spread, timed
+from bench.running import BenchmarkError, Options, elsewhere, spread, timed
 from bench.updates.nvml import Nvml
 from bench.updates.variants import (
     INTERVAL,

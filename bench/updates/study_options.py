@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Generator
 
-from bench.harness import Options
+from bench.running import Options
 from mfd_fast.backbones.lanes import trajectory_lanes
 from mfd_fast.distill.objectives import make_objective
 from mfd_fast.models import preset

@@ -1,4 +1,4 @@
-"""What the operators with per-sample rows share: the lane rule and its checks.
+"""Checks that operators share, and the lane rule.
 
 A row of ``[S, C]`` modulation belongs to one sample; x ``[R, ...]`` holds R / S lanes of every
 sample, sample by sample (lane r belongs to sample r // (R / S)).
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_CHANNELS = 8192  # the Triton kernels hold a whole row in registers
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,3 +66,56 @@ def check_sample_rows(op: str, name: str, rows: Tensor, x: Tensor) -> None:
             f"got strides {list(rows.stride())}"
         )
     _check_dtype(op, name, rows, x)
+
+
+def check_modulation(op: str, scale: Tensor, shift: Tensor, x: Tensor) -> None:
+    """scale and shift are rows of samples, alike."""
+    check_sample_rows(op, "scale", scale, x)
+    check_sample_rows(op, "shift", shift, x)
+    if shift.shape != scale.shape or shift.dtype != scale.dtype:
+        raise ValueError(
+            f"{op}: shift must be like scale, {scale.dtype} {list(scale.shape)}; "
+            f"got {shift.dtype} {list(shift.shape)}"
+        )
+
+
+def check_like(op: str, name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """x has shape, dtype and device of ``like``, which is called ``other``."""
+    if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be like {other}, {like.dtype} {list(like.shape)} on {like.device}; "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
+
+
+def check_contiguous(op: str, **tensors: Tensor | None) -> None:
+    """Those that are not None are contiguous."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be contiguous (the kernel takes no strides of it); "
+                f"got strides {list(x.stride())}"
+            )
+
+
+def check_kernel_dtype(op: str, name: str, x: Tensor) -> None:
+    """float32, bfloat16 or float16; float64 on the CPU alone."""
+    if x.dtype not in KERNEL_DTYPES and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        raise ValueError(
+            f"{op}: {name} must be one of {list(KERNEL_DTYPES)}, or torch.float64 on the CPU; "
+            f"got {x.dtype} on {x.device}"
+        )
+
+
+def check_rows(op: str, rows: Tensor, name: str, x: Tensor, *columns: int) -> Tensor:
+    """``[B, *columns]`` for x ``[B, ...]`` as the kernels read it: contiguous, float32, or float64
+    for float64 samples, which take either.  ``ValueError`` names what is wrong.
+    """
+    allowed = (torch.float32, torch.float64)[: 2 if x.dtype == torch.float64 else 1]
+    shape = (x.shape[0], *columns)
+    if rows.shape != shape or rows.dtype not in allowed or rows.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be {' or '.join(map(str, allowed))} {list(shape)} on {x.device}; "
+            f"got {rows.dtype} {list(rows.shape)} on {rows.device}"
+        )
+    return (rows.double() if x.dtype == torch.float64 else rows).contiguous()

@@ -4,7 +4,7 @@
 kernels as private operators ``mfd_fast::_<name>_cuda`` of the same signature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 
 import torch
@@ -20,29 +20,41 @@ def _has_kernel(name: str, key: str) -> bool:
     )
 
 
-def register(
-    name: str, reference: Callable, *, triton: str | None = None, prefer: str = "cpp"
-) -> None:
-    """Register the implementations of ``mfd_fast::<name>`` on the CPU and on CUDA.
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable,
+    reference: Callable,
+    triton: str | None = None,
+    is_compiled: bool = False,
+    prefer: str = "cpp",
+) -> Callable:
+    """Declare ``mfd_fast::<name>`` with its implementations on the CPU and on CUDA; the operator.
 
     The dtype of an operator is that of its first argument.  In float64 it is the reference on CUDA:
     the kernels there have nothing wider than float32.
 
     Args:
+        fake: shapes and dtypes of the results.
         reference: plain PyTorch of the same signature; what runs where there is nothing else.
-        triton: ``"module:function"`` of the Triton launcher, imported at the first call; None if
-            the operator has only a compiled kernel.
+        triton: ``"module:function"`` of the launcher in ``mfd_fast.kernels``, imported at the first
+            call; None if the operator has only a compiled kernel.
+        is_compiled: whether ``csrc/cuda`` has the operator.
         prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there.
     """
+    private = f"_{name.lstrip('_')}_cuda"
+    for one in (name, private)[: 1 + is_compiled]:
+        torch.library.define(f"{NAMESPACE}::{one}", schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}")(fake)
     has_ext()
     if not _has_kernel(name, "CPU"):
         torch.library.impl(f"{NAMESPACE}::{name}", "CPU")(reference)
 
-    private = f"_{name.lstrip('_')}_cuda"
-    is_compiled = bool(build_info().get("cuda")) and _has_kernel(private, "CUDA")
-    wanted = prefer if backend() == "auto" else backend()
+    has_cuda = bool(build_info().get("cuda")) and _has_kernel(private, "CUDA")
+    choice = prefer if backend() == "auto" else backend()
     kernel = reference
-    if is_compiled and (triton is None or wanted == "cpp"):
+    if has_cuda and (triton is None or choice == "cpp"):
         kernel = getattr(torch.ops.mfd_fast, private)
     elif triton is not None:
         kernel = _lazy(triton)
@@ -50,6 +62,18 @@ def register(
     @torch.library.impl(f"{NAMESPACE}::{name}", "CUDA")
     def launch(*args):
         return (reference if args[0].dtype == torch.float64 else kernel)(*args)
+
+    return getattr(torch.ops.mfd_fast, name)
+
+
+def differentiable(name: str, backward: Callable, setup: Callable) -> None:
+    """``backward(ctx, *grads)`` of ``mfd_fast::<name>``; ``setup(ctx, inputs, output)`` keeps."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+def wanted(grads: Iterable, needs: Iterable[bool]) -> Iterator:
+    """The gradients that are asked for, None in place of the others."""
+    return (grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def _lazy(target: str) -> Callable:
@@ -61,6 +85,6 @@ def _lazy(target: str) -> Callable:
 
     def launch(*args):
         with torch.cuda.device(args[0].device):
-            return getattr(import_module(module), function)(*args)
+            return getattr(import_module(f"mfd_fast.kernels.{module}"), function)(*args)
 
     return launch

@@ -20,28 +20,19 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.checks import check_activation, check_channel_row, check_sample_rows
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import (
+    check_activation,
+    check_channel_row,
+    check_contiguous,
+    check_like,
+    check_sample_rows,
+)
+from mfd_fast.ops.dispatch import define, differentiable, wanted
 
 OP = "gated_residual"
 
-torch.library.define(
-    "mfd_fast::gated_residual", "(Tensor x, Tensor y, Tensor gate, Tensor? bias) -> Tensor"
-)
-torch.library.define(
-    "mfd_fast::_gated_residual_backward",
-    "(Tensor grad, Tensor? y, Tensor gate, Tensor? bias, bool with_sums) "
-    "-> (Tensor grad_y, Tensor grad_gate, Tensor grad_bias)",
-)
 
-
-@torch.library.register_fake("mfd_fast::gated_residual")
-def _(x, y, gate, bias):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("mfd_fast::_gated_residual_backward")
-def _(grad, y, gate, bias, with_sums):
+def _fake_backward(grad, y, gate, bias, with_sums):
     return (
         torch.empty_like(grad),
         gate.new_empty(gate.shape if with_sums and y is not None else (0,)),
@@ -62,9 +53,21 @@ def _reference_backward(grad, y, gate, bias, with_sums):
     return grad_y, grad_gate, grad_bias
 
 
-_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
-register(OP, reference.gated_residual, triton=_TRITON)
-register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
+_forward = define(
+    OP,
+    "(Tensor x, Tensor y, Tensor gate, Tensor? bias) -> Tensor",
+    fake=lambda x, y, gate, bias: torch.empty_like(x),
+    reference=reference.gated_residual,
+    triton=f"{OP}:{OP}",
+)
+_gradients = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor? y, Tensor gate, Tensor? bias, bool with_sums) "
+    "-> (Tensor grad_y, Tensor grad_gate, Tensor grad_bias)",
+    fake=_fake_backward,
+    reference=_reference_backward,
+    triton=f"{OP}:{OP}_backward",
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -77,16 +80,11 @@ def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     if not any(needs[1:]):
         return grad, None, None, None
-    grads = torch.ops.mfd_fast._gated_residual_backward(
-        grad.contiguous(), y, gate, bias, needs[2] or needs[3]
-    )
-    return (
-        grad if needs[0] else None,
-        *(g if need else None for g, need in zip(grads, needs[1:], strict=True)),
-    )
+    grads = _gradients(grad.contiguous(), y, gate, bias, needs[2] or needs[3])
+    return grad if needs[0] else None, *wanted(grads, needs[1:])
 
 
-torch.library.register_autograd("mfd_fast::gated_residual", _backward, setup_context=_setup_context)
+differentiable(OP, _backward, _setup_context)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,12 +99,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = Non
     ``ValueError`` if a shape, dtype, device or stride is another.
     """
     check_activation(OP, x, "[R, T, C]")
-    if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device or not y.is_contiguous():
-        raise ValueError(
-            f"{OP}: y must be like x, contiguous {x.dtype} {list(x.shape)} on {x.device}; "
-            f"got {y.dtype} {list(y.shape)} with strides {list(y.stride())} on {y.device}"
-        )
+    check_like(OP, "y", y, "x", x)
+    check_contiguous(OP, y=y)
     check_sample_rows(OP, "gate", gate, x)
     if bias is not None:
         check_channel_row(OP, "bias", bias, x)
-    return torch.ops.mfd_fast.gated_residual(x, y, gate, bias)
+    return _forward(x, y, gate, bias)

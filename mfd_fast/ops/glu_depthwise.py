@@ -19,23 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.dispatch import define, differentiable
 
+OP = "glu_depthwise"
 _ARGS = "Tensor x, Tensor weight, Tensor bias, Tensor? in_bias, int height, int width"
-_BACKWARD = f"(Tensor grad, {_ARGS}, bool with_conv) -> (Tensor grad_x, Tensor grad_conv)"
-torch.library.define("mfd_fast::glu_depthwise", f"({_ARGS}) -> Tensor")
-torch.library.define("mfd_fast::_glu_depthwise_cuda", f"({_ARGS}) -> Tensor")
-torch.library.define("mfd_fast::_glu_depthwise_backward", _BACKWARD)
-torch.library.define("mfd_fast::_glu_depthwise_backward_cuda", _BACKWARD)
 
 
-@torch.library.register_fake("mfd_fast::glu_depthwise")
-def _(x, weight, bias, in_bias, height, width):
+def _fake(x, weight, bias, in_bias, height, width):
     return x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2)
 
 
-@torch.library.register_fake("mfd_fast::_glu_depthwise_backward")
-def _(grad, x, weight, bias, in_bias, height, width, with_conv):
+def _fake_backward(grad, x, weight, bias, in_bias, height, width, with_conv):
     return torch.empty_like(x), torch.empty_like(x) if with_conv else x.new_empty(0)
 
 
@@ -56,8 +50,16 @@ def _reference_backward(grad, x, weight, bias, in_bias, height, width, with_conv
     return grad_x, grad_conv.contiguous() if with_conv else x.new_empty(0)
 
 
-register("glu_depthwise", reference.glu_depthwise)
-register("_glu_depthwise_backward", _reference_backward)
+_forward = define(
+    OP, f"({_ARGS}) -> Tensor", fake=_fake, reference=reference.glu_depthwise, is_compiled=True
+)
+_gradients = define(
+    f"_{OP}_backward",
+    f"(Tensor grad, {_ARGS}, bool with_conv) -> (Tensor grad_x, Tensor grad_conv)",
+    fake=_fake_backward,
+    reference=_reference_backward,
+    is_compiled=True,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -83,7 +85,7 @@ def _backward(ctx, grad):
     x, weight, bias, in_bias = ctx.saved_tensors
     size = (ctx.height, ctx.width)
     needs_weight, needs_bias, needs_in_bias = ctx.needs_input_grad[1:4]
-    grad_x, grad_conv = torch.ops.mfd_fast._glu_depthwise_backward(
+    grad_x, grad_conv = _gradients(
         grad.contiguous(), x, weight, bias, in_bias, *size, needs_weight or needs_bias
     )
     return (
@@ -96,7 +98,7 @@ def _backward(ctx, grad):
     )
 
 
-torch.library.register_autograd("mfd_fast::glu_depthwise", _backward, setup_context=_setup_context)
+differentiable(OP, _backward, _setup_context)
 
 
 def _check(x, weight, bias, in_bias, height, width) -> None:
@@ -143,7 +145,7 @@ def glu_depthwise(
     disagree.
     """
     _check(x, weight, bias, in_bias, height, width)
-    return torch.ops.mfd_fast.glu_depthwise(
+    return _forward(
         x.contiguous(),
         weight.contiguous(),
         bias.contiguous(),

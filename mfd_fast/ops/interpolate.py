@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
-from mfd_fast.ops.rows import check_rows
+from mfd_fast.ops.checks import check_like, check_rows
+from mfd_fast.ops.dispatch import define, differentiable
 
-_SCHEMA = "(Tensor x0, Tensor noise, Tensor t, bool with_target) -> (Tensor, Tensor)"
-torch.library.define("mfd_fast::interpolate", _SCHEMA)
-torch.library.define("mfd_fast::_interpolate_cuda", _SCHEMA)
+OP = "interpolate"
 
 
-@torch.library.register_fake("mfd_fast::interpolate")
-def _(x0, noise, t, with_target):
+def _fake(x0, noise, t, with_target):
     return torch.empty_like(x0), torch.empty_like(x0) if with_target else x0.new_empty(0)
 
 
@@ -26,7 +23,14 @@ def _reference(x0, noise, t, with_target):
     return x_t, target if with_target else x0.new_empty(0)
 
 
-register("interpolate", _reference, triton="mfd_fast.kernels.interpolate:interpolate")
+_interpolate = define(
+    OP,
+    "(Tensor x0, Tensor noise, Tensor t, bool with_target) -> (Tensor, Tensor)",
+    fake=_fake,
+    reference=_reference,
+    triton=f"{OP}:{OP}",
+    is_compiled=True,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -43,19 +47,15 @@ def _backward(ctx, grad_x_t, grad_target):
     return grad, None, None, None  # the noise is drawn, never learned
 
 
-torch.library.register_autograd("mfd_fast::interpolate", _backward, setup_context=_setup_context)
+differentiable(OP, _backward, _setup_context)
 
 
 def _call(x0: Tensor, noise: Tensor, t: Tensor, with_target: bool) -> tuple[Tensor, Tensor]:
     if x0.ndim == 0:
         raise ValueError("interpolate: x0 must be [B, ...]; got a scalar")
-    if noise.shape != x0.shape or noise.dtype != x0.dtype or noise.device != x0.device:
-        raise ValueError(
-            f"interpolate: noise must be like x0, {x0.dtype} {list(x0.shape)} on {x0.device}; "
-            f"got {noise.dtype} {list(noise.shape)} on {noise.device}"
-        )
-    t = check_rows("interpolate", t, "t", x0)
-    return torch.ops.mfd_fast.interpolate(x0.contiguous(), noise.contiguous(), t, with_target)
+    check_like(OP, "noise", noise, "x0", x0)
+    t = check_rows(OP, t, "t", x0)
+    return _interpolate(x0.contiguous(), noise.contiguous(), t, with_target)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -20,36 +20,19 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.checks import check_activation, check_channel_row, check_sample_rows
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import check_activation, check_channel_row, check_modulation
+from mfd_fast.ops.dispatch import define, differentiable, wanted
 
 OP = "layer_norm_modulate"
 
-torch.library.define(
-    "mfd_fast::layer_norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, Tensor? gain, float eps, str kind) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)",
-)
-torch.library.define(
-    "mfd_fast::_layer_norm_modulate_backward",
-    "(Tensor grad, Tensor x, Tensor scale, Tensor? gain, Tensor mean, Tensor rstd, str kind, "
-    "bool with_sums) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_gain)",
-)
+
+def _fake(x, scale, shift, gain, eps, kind):
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty_like(rstd) if kind == "layer" else rstd.new_empty(0)
+    return torch.empty_like(x), mean, rstd
 
 
-def _statistics(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:-1], dtype=dtype)
-
-
-@torch.library.register_fake("mfd_fast::layer_norm_modulate")
-def _(x, scale, shift, gain, eps, kind):
-    rstd = _statistics(x)
-    return torch.empty_like(x), _statistics(x) if kind == "layer" else rstd.new_empty(0), rstd
-
-
-@torch.library.register_fake("mfd_fast::_layer_norm_modulate_backward")
-def _(grad, x, scale, gain, mean, rstd, kind, with_sums):
+def _fake_backward(grad, x, scale, gain, mean, rstd, kind, with_sums):
     shape = scale.shape if with_sums else (0,)
     has_gain = with_sums and gain is not None
     return (
@@ -84,9 +67,22 @@ def _reference_backward(grad, x, scale, gain, mean, rstd, kind, with_sums):
     return grad_x, grad_scale.to(scale.dtype), grad_shift.to(scale.dtype), grad_gain
 
 
-_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
-register(OP, _reference, triton=_TRITON)
-register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
+_forward = define(
+    OP,
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? gain, float eps, str kind) "
+    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=_fake,
+    reference=_reference,
+    triton=f"{OP}:{OP}",
+)
+_gradients = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor x, Tensor scale, Tensor? gain, Tensor mean, Tensor rstd, str kind, "
+    "bool with_sums) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_gain)",
+    fake=_fake_backward,
+    reference=_reference_backward,
+    triton=f"{OP}:{OP}_backward",
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -101,15 +97,11 @@ def _backward(ctx, grad, _mean, _rstd):
         return (None,) * 6
     x, scale, gain, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads = torch.ops.mfd_fast._layer_norm_modulate_backward(
-        grad.contiguous(), x, scale, gain, mean, rstd, ctx.kind, any(needs[1:4])
-    )
-    return *(g if need else None for g, need in zip(grads, needs[:4], strict=True)), None, None
+    kept = x, scale, gain, mean, rstd, ctx.kind
+    return *wanted(_gradients(grad.contiguous(), *kept, any(needs[1:4])), needs[:4]), None, None
 
 
-torch.library.register_autograd(
-    "mfd_fast::layer_norm_modulate", _backward, setup_context=_setup_context
-)
+differentiable(OP, _backward, _setup_context)
 
 
 def layer_norm_modulate(
@@ -135,13 +127,7 @@ def layer_norm_modulate(
     if kind not in ("layer", "rms"):
         raise ValueError(f"{OP}: kind must be 'layer' or 'rms'; got {kind!r}")
     check_activation(OP, x, "[R, T, C]")
-    check_sample_rows(OP, "scale", scale, x)
-    check_sample_rows(OP, "shift", shift, x)
-    if shift.shape != scale.shape or shift.dtype != scale.dtype:
-        raise ValueError(
-            f"{OP}: shift must be like scale, {scale.dtype} {list(scale.shape)}; "
-            f"got {shift.dtype} {list(shift.shape)}"
-        )
+    check_modulation(OP, scale, shift, x)
     if gain is not None:
         check_channel_row(OP, "gain", gain, x)
-    return torch.ops.mfd_fast.layer_norm_modulate(x, scale, shift, gain, eps, kind)[0]
+    return _forward(x, scale, shift, gain, eps, kind)[0]

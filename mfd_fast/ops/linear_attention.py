@@ -19,34 +19,21 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import check_kernel_dtype, check_like
+from mfd_fast.ops.dispatch import define, differentiable
 
-torch.library.define(
-    "mfd_fast::linear_attention",
-    "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor out, Tensor state)",
-)
-# The gradients of q, k and v side by side, [R, T, 3, H, D]: one buffer, as the fused product is.
-torch.library.define(
-    "mfd_fast::_linear_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor state, float eps) -> Tensor",
-)
-
+OP = "linear_attention"
 WIDTHS = (4, 8, 16, 32, 64)
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("mfd_fast::linear_attention")
-def _(q, k, v, eps):
+def _fake(q, k, v, eps):
     rows, tokens, heads, width = q.shape
-    state = q.new_empty((rows, heads, width + 1, width), dtype=_state_dtype(q))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    state = q.new_empty((rows, heads, width + 1, width), dtype=dtype)
     return q.new_empty((rows, tokens, heads * width)), state
 
 
-@torch.library.register_fake("mfd_fast::_linear_attention_backward")
-def _(grad, q, k, v, state, eps):
+def _fake_backward(grad, q, k, v, state, eps):
     rows, tokens, heads, width = q.shape
     return q.new_empty((rows, tokens, 3, heads, width))
 
@@ -67,15 +54,20 @@ def _reference_backward(grad, q, k, v, state, eps):
     return torch.stack([grad_q, grad_k, grad_v], dim=2).to(q.dtype)
 
 
-register(
-    "linear_attention",
-    reference.linear_attention,
-    triton="mfd_fast.kernels.linear_attention:linear_attention",
+_forward = define(
+    OP,
+    "(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor out, Tensor state)",
+    fake=_fake,
+    reference=reference.linear_attention,
+    triton=f"{OP}:{OP}",
 )
-register(
-    "_linear_attention_backward",
-    _reference_backward,
-    triton="mfd_fast.kernels.linear_attention_backward:linear_attention_backward",
+# The gradients of q, k and v side by side, [R, T, 3, H, D]: one buffer, as the fused product is.
+_gradients = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor state, float eps) -> Tensor",
+    fake=_fake_backward,
+    reference=_reference_backward,
+    triton=f"{OP}_backward:{OP}_backward",
 )
 
 
@@ -85,16 +77,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _state):
-    q, k, v, state = ctx.saved_tensors
-    grads = torch.ops.mfd_fast._linear_attention_backward(
-        grad.contiguous(), q, k, v, state, ctx.eps
-    )
-    return *grads.unbind(2), None
+    return *_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.eps).unbind(2), None
 
 
-torch.library.register_autograd(
-    "mfd_fast::linear_attention", _backward, setup_context=_setup_context
-)
+differentiable(OP, _backward, _setup_context)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -103,18 +89,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"linear_attention: q must be [R, T, H, D] with D one of {list(WIDTHS)}; "
             f"got {list(q.shape)}"
         )
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if q.dtype not in dtypes and not (q.dtype == torch.float64 and q.device.type == "cpu"):
-        raise ValueError(
-            f"linear_attention: q must be one of {list(dtypes)}, or torch.float64 on the CPU; "
-            f"got {q.dtype} on {q.device}"
-        )
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"linear_attention: {name} must be like q, {q.dtype} {list(q.shape)} on "
-                f"{q.device}; got {x.dtype} {list(x.shape)} on {x.device}"
-            )
+    check_kernel_dtype(OP, "q", q)
+    check_like(OP, "k", k, "q", q)
+    check_like(OP, "v", v, "q", q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             raise ValueError(
@@ -135,4 +112,4 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15) -> 
     shapes, dtypes or devices disagree.
     """
     _check(q, k, v)
-    return torch.ops.mfd_fast.linear_attention(q, k, v, eps)[0]
+    return _forward(q, k, v, eps)[0]

@@ -15,29 +15,19 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
-from mfd_fast.ops.rows import check_rows
+from mfd_fast.ops.checks import check_like, check_rows
+from mfd_fast.ops.dispatch import define, differentiable
 
-_SCHEMA = (
-    "(Tensor x, Tensor end_teacher, Tensor end_aux, Tensor span, Tensor? weight) "
-    "-> (Tensor loss, Tensor distance, Tensor grad)"
-)
-torch.library.define("mfd_fast::mfd_loss", _SCHEMA)
-torch.library.define("mfd_fast::_mfd_loss_cuda", _SCHEMA)
+OP = "mfd_loss"
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("mfd_fast::mfd_loss")
-def _(x, end_teacher, end_aux, span, weight):
-    dtype = _sum_dtype(x)
+def _fake(x, end_teacher, end_aux, span, weight):
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty((), dtype=dtype), x.new_empty(x.shape[:1], dtype=dtype), torch.empty_like(x)
 
 
 def _reference(x, end_teacher, end_aux, span, weight):
-    wide = _sum_dtype(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
     if x.numel() == 0:  # a mean over nothing would be NaN
         return x.new_zeros((), dtype=wide), x.new_zeros(x.shape[:1], dtype=wide), x.clone()
     ends = (end_teacher.to(wide), end_aux.to(wide))
@@ -45,7 +35,15 @@ def _reference(x, end_teacher, end_aux, span, weight):
     return loss, distance, grad.to(x.dtype)
 
 
-register("mfd_loss", _reference, triton="mfd_fast.kernels.mfd_loss:mfd_loss")
+_loss = define(
+    OP,
+    "(Tensor x, Tensor end_teacher, Tensor end_aux, Tensor span, Tensor? weight) "
+    "-> (Tensor loss, Tensor distance, Tensor grad)",
+    fake=_fake,
+    reference=_reference,
+    triton=f"{OP}:{OP}",
+    is_compiled=True,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -57,7 +55,7 @@ def _backward(ctx, grad_loss, _distance, _grad):
     return (grad * grad_loss).to(grad.dtype), None, None, None, None  # the ends are stop-gradient
 
 
-torch.library.register_autograd("mfd_fast::mfd_loss", _backward, setup_context=_setup_context)
+differentiable(OP, _backward, _setup_context)
 
 
 def mfd_loss_from_ends(
@@ -79,16 +77,12 @@ def mfd_loss_from_ends(
     """
     if x.ndim == 0:
         raise ValueError("mfd_loss: x must be [B, ...]; got a scalar")
-    for name, end in (("end_teacher", end_teacher), ("end_aux", end_aux)):
-        if end.shape != x.shape or end.dtype != x.dtype or end.device != x.device:
-            raise ValueError(
-                f"mfd_loss: {name} must be like x, {x.dtype} {list(x.shape)} on {x.device}; "
-                f"got {end.dtype} {list(end.shape)} on {end.device}"
-            )
-    span = check_rows("mfd_loss", span, "span", x)
-    weight = None if weight is None else check_rows("mfd_loss", weight, "weight", x)
+    check_like(OP, "end_teacher", end_teacher, "x", x)
+    check_like(OP, "end_aux", end_aux, "x", x)
+    span = check_rows(OP, span, "span", x)
+    weight = None if weight is None else check_rows(OP, weight, "weight", x)
     end_teacher, end_aux = (_rows_contiguous(end) for end in (end_teacher, end_aux))
-    return torch.ops.mfd_fast.mfd_loss(x.contiguous(), end_teacher, end_aux, span, weight)
+    return _loss(x.contiguous(), end_teacher, end_aux, span, weight)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
-from mfd_fast.ops.rows import check_rows
+from mfd_fast.ops.checks import check_contiguous, check_rows
+from mfd_fast.ops.dispatch import define
 
-_SCHEMA = (
-    "(Tensor(a!) x, Tensor v, Tensor(b!)? history, Tensor coef, float guidance, Tensor(c!)? x_in)"
-    " -> ()"
-)
-torch.library.define("mfd_fast::ode_step_", _SCHEMA)
-torch.library.define("mfd_fast::_ode_step__cuda", _SCHEMA)
-
-
-@torch.library.register_fake("mfd_fast::ode_step_")
-def _(x, v, history, coef, guidance, x_in):
-    return None
+OP = "ode_step_"
 
 
 def _reference(x, v, history, coef, guidance, x_in):
@@ -41,7 +31,15 @@ def _reference(x, v, history, coef, guidance, x_in):
         x_in.copy_(torch.cat([x[:, :1], x], dim=1) if is_guided else x)
 
 
-register("ode_step_", _reference, triton="mfd_fast.kernels.ode_step:ode_step_")
+_step = define(
+    OP,
+    "(Tensor(a!) x, Tensor v, Tensor(b!)? history, Tensor coef, float guidance, Tensor(c!)? x_in)"
+    " -> ()",
+    fake=lambda x, v, history, coef, guidance, x_in: None,
+    reference=_reference,
+    triton=f"ode_step:{OP}",
+    is_compiled=True,
+)
 
 
 def _check(x, v, history, x_in) -> None:
@@ -68,8 +66,7 @@ def _check(x, v, history, x_in) -> None:
     for name, tensor in (("x", x), ("v", v), ("history", history), ("x_in", x_in)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"ode_step_: {name} must be on {x.device}; got {tensor.device}")
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"ode_step_: {name} must be contiguous (the kernel takes no strides)")
+    check_contiguous(OP, x=x, v=v, history=history, x_in=x_in)
 
 
 def ode_step_(
@@ -98,4 +95,4 @@ def ode_step_(
     """
     _check(x, v, history, x_in)
     coef = check_rows("ode_step_", coef, "coef", x, 5)
-    torch.ops.mfd_fast.ode_step_(x, v, history, coef, guidance, x_in)
+    _step(x, v, history, coef, guidance, x_in)

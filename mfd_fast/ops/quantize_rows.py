@@ -16,20 +16,23 @@ from torch import Tensor
 
 from mfd_fast.ops import reference
 from mfd_fast.ops.checks import check_activation
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.dispatch import define
 
 OP = "quantize_rows"
 
-torch.library.define("mfd_fast::quantize_rows", "(Tensor x) -> (Tensor values, Tensor scale)")
 
-
-@torch.library.register_fake("mfd_fast::quantize_rows")
-def _(x):
+def _fake(x):
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     return values, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-register(OP, reference.quantize_rows, triton=f"mfd_fast.kernels.{OP}:{OP}")
+_quantize = define(
+    OP,
+    "(Tensor x) -> (Tensor values, Tensor scale)",
+    fake=_fake,
+    reference=reference.quantize_rows,
+    triton=f"{OP}:{OP}",
+)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,4 +44,4 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     check_activation(OP, x, "[..., K]")
     if x.dtype == torch.float64:
         raise ValueError(f"{OP}: x must be float32, bfloat16 or float16; got {x.dtype}")
-    return torch.ops.mfd_fast.quantize_rows(x)
+    return _quantize(x)

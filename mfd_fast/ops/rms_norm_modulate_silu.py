@@ -25,30 +25,18 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.checks import check_activation, check_channel_row, check_sample_rows
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import check_activation, check_channel_row, check_modulation
+from mfd_fast.ops.dispatch import define, differentiable, wanted
 
 OP = "rms_norm_modulate_silu"
 
-torch.library.define(
-    "mfd_fast::rms_norm_modulate_silu",
-    "(Tensor x, Tensor gain, Tensor? scale, Tensor? shift, float eps) -> (Tensor y, Tensor rstd)",
-)
-torch.library.define(
-    "mfd_fast::_rms_norm_modulate_silu_backward",
-    "(Tensor grad, Tensor x, Tensor gain, Tensor? scale, Tensor? shift, Tensor rstd, float eps, "
-    "bool with_sums) -> (Tensor grad_x, Tensor grad_gain, Tensor grad_scale, Tensor grad_shift)",
-)
 
-
-@torch.library.register_fake("mfd_fast::rms_norm_modulate_silu")
-def _(x, gain, scale, shift, eps):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fake(x, gain, scale, shift, eps):
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=dtype)
 
 
-@torch.library.register_fake("mfd_fast::_rms_norm_modulate_silu_backward")
-def _(grad, x, gain, scale, shift, rstd, eps, with_sums):
+def _fake_backward(grad, x, gain, scale, shift, rstd, eps, with_sums):
     row = gain.new_empty(0)
     if with_sums and scale is not None:
         row = scale.new_empty(scale.shape)
@@ -82,9 +70,21 @@ def _reference_backward(grad, x, gain, scale, shift, rstd, eps, with_sums):
     return grad_x, grad_gain, grad_scale, grad_z.sum(1).to(scale.dtype)
 
 
-_TRITON = f"mfd_fast.kernels.{OP}:{OP}"
-register(OP, _reference, triton=_TRITON)
-register(f"_{OP}_backward", _reference_backward, triton=f"{_TRITON}_backward")
+_forward = define(
+    OP,
+    "(Tensor x, Tensor gain, Tensor? scale, Tensor? shift, float eps) -> (Tensor y, Tensor rstd)",
+    fake=_fake,
+    reference=_reference,
+    triton=f"{OP}:{OP}",
+)
+_gradients = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor x, Tensor gain, Tensor? scale, Tensor? shift, Tensor rstd, float eps, "
+    "bool with_sums) -> (Tensor grad_x, Tensor grad_gain, Tensor grad_scale, Tensor grad_shift)",
+    fake=_fake_backward,
+    reference=_reference_backward,
+    triton=f"{OP}:{OP}_backward",
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -98,15 +98,11 @@ def _backward(ctx, grad, _rstd):
         return (None,) * 5
     x, gain, scale, shift, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grads = torch.ops.mfd_fast._rms_norm_modulate_silu_backward(
-        grad.contiguous(), x, gain, scale, shift, rstd, ctx.eps, any(needs[1:4])
-    )
-    return *(g if need else None for g, need in zip(grads, needs[:4], strict=True)), None
+    kept = x, gain, scale, shift, rstd, ctx.eps
+    return *wanted(_gradients(grad.contiguous(), *kept, any(needs[1:4])), needs[:4]), None
 
 
-torch.library.register_autograd(
-    "mfd_fast::rms_norm_modulate_silu", _backward, setup_context=_setup_context
-)
+differentiable(OP, _backward, _setup_context)
 
 
 def rms_norm_modulate_silu(
@@ -137,11 +133,5 @@ def rms_norm_modulate_silu(
         missing = "scale" if scale is None else "shift"
         raise ValueError(f"{OP}: scale and shift must be given together; {missing} is None")
     if scale is not None:
-        check_sample_rows(OP, "scale", scale, x)
-        check_sample_rows(OP, "shift", shift, x)
-        if shift.shape != scale.shape or shift.dtype != scale.dtype:
-            raise ValueError(
-                f"{OP}: shift must be like scale, {scale.dtype} {list(scale.shape)}; "
-                f"got {shift.dtype} {list(shift.shape)}"
-            )
-    return torch.ops.mfd_fast.rms_norm_modulate_silu(x, gain, scale, shift, eps)[0]
+        check_modulation(OP, scale, shift, x)
+    return _forward(x, gain, scale, shift, eps)[0]

@@ -20,36 +20,20 @@ one cost nothing.  PEFT runs, per target, two products, a scaling and a sum, eac
 import torch
 from torch import Tensor
 
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import check_contiguous, check_kernel_dtype
+from mfd_fast.ops.dispatch import define, differentiable
 from mfd_fast.ops.reference import wide
 
+OP = "segmented_lora"
 _ARGS = "Tensor x, Tensor a, Tensor b, Tensor rows, float scale"
-torch.library.define("mfd_fast::segmented_lora_", f"(Tensor(a!) y, {_ARGS}) -> ()")
-# hidden is x A^T [R, T, G * rank], kept for the gradient of B.
-torch.library.define(
-    "mfd_fast::segmented_lora", f"(Tensor y, {_ARGS}) -> (Tensor out, Tensor hidden)"
-)
-torch.library.define(
-    "mfd_fast::_segmented_lora_backward",
-    "(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor rows, float scale, "
-    "bool need_x) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b)",
-)
-
 MAX_RANK = 256
 
 
-@torch.library.register_fake("mfd_fast::segmented_lora_")
-def _(y, x, a, b, rows, scale):
-    return None
-
-
-@torch.library.register_fake("mfd_fast::segmented_lora")
-def _(y, x, a, b, rows, scale):
+def _fake(y, x, a, b, rows, scale):
     return torch.empty_like(y), x.new_empty((*x.shape[:2], a.shape[1] * a.shape[2]))
 
 
-@torch.library.register_fake("mfd_fast::_segmented_lora_backward")
-def _(grad, x, hidden, a, b, rows, scale, need_x):
+def _fake_backward(grad, x, hidden, a, b, rows, scale, need_x):
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     return grad_x, a.new_empty(a.shape), b.new_empty(b.shape)
 
@@ -101,10 +85,29 @@ def _cpu_backward(grad, x, hidden, a, b, rows, scale, need_x):
     return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype)
 
 
-_TRITON = "mfd_fast.kernels.segmented_lora"
-register("segmented_lora_", _cpu_, triton=f"{_TRITON}:segmented_lora_")
-register("segmented_lora", _cpu, triton=f"{_TRITON}:segmented_lora")
-register("_segmented_lora_backward", _cpu_backward, triton=f"{_TRITON}:segmented_lora_backward")
+_in_place = define(
+    f"{OP}_",
+    f"(Tensor(a!) y, {_ARGS}) -> ()",
+    fake=lambda y, x, a, b, rows, scale: None,
+    reference=_cpu_,
+    triton=f"{OP}:{OP}_",
+)
+# hidden is x A^T [R, T, G * rank], kept for the gradient of B.
+_forward = define(
+    OP,
+    f"(Tensor y, {_ARGS}) -> (Tensor out, Tensor hidden)",
+    fake=_fake,
+    reference=_cpu,
+    triton=f"{OP}:{OP}",
+)
+_gradients = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor x, Tensor hidden, Tensor a, Tensor b, Tensor rows, float scale, "
+    "bool need_x) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b)",
+    fake=_fake_backward,
+    reference=_cpu_backward,
+    triton=f"{OP}:{OP}_backward",
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -113,37 +116,25 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _hidden):
-    x, hidden, a, b, rows = ctx.saved_tensors
     need_x = ctx.needs_input_grad[1]
-    grad_x, grad_a, grad_b = torch.ops.mfd_fast._segmented_lora_backward(
-        grad.contiguous(), x, hidden, a, b, rows, ctx.scale, need_x
-    )
+    kept = *ctx.saved_tensors, ctx.scale
+    grad_x, grad_a, grad_b = _gradients(grad.contiguous(), *kept, need_x)
     return grad, grad_x if need_x else None, grad_a, grad_b, None, None
 
 
-torch.library.register_autograd("mfd_fast::segmented_lora", _backward, setup_context=_setup_context)
+differentiable(OP, _backward, _setup_context)
 
 
 def _check_layers(name: str, y: Tensor, x: Tensor) -> None:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if x.ndim != 3 or (
-        x.dtype not in dtypes and not (x.dtype == torch.float64 and x.device.type == "cpu")
-    ):
-        raise ValueError(
-            f"{name}: x must be [R, T, Cin] in one of {list(dtypes)}, or torch.float64 on the CPU; "
-            f"got {x.dtype} {list(x.shape)} on {x.device}"
-        )
+    if x.ndim != 3:
+        raise ValueError(f"{name}: x must be [R, T, Cin]; got {list(x.shape)}")
+    check_kernel_dtype(name, "x", x)
     if y.ndim != 3 or y.shape[:2] != x.shape[:2] or y.dtype != x.dtype or y.device != x.device:
         raise ValueError(
             f"{name}: y must be {x.dtype} {[*x.shape[:2], 'G * Cout']} on {x.device}; "
             f"got {y.dtype} {list(y.shape)} on {y.device}"
         )
-    for label, tensor in (("x", x), ("y", y)):
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}: {label} must be contiguous (the kernel takes no strides of it); "
-                f"got strides {list(tensor.stride())}"
-            )
+    check_contiguous(name, x=x, y=y)
 
 
 def _check_factors(name: str, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor) -> None:
@@ -200,7 +191,7 @@ def segmented_lora(
     """
     _check_layers("segmented_lora", y, x)
     _check_factors("segmented_lora", y, x, a, b, rows)
-    return torch.ops.mfd_fast.segmented_lora(y, x, a, b, rows, scale)[0]
+    return _forward(y, x, a, b, rows, scale)[0]
 
 
 def segmented_lora_(
@@ -214,5 +205,5 @@ def segmented_lora_(
             "segmented_lora_: y, x, a and b must not require gradients while they are recorded; "
             "got one that does: use segmented_lora or torch.no_grad()"
         )
-    torch.ops.mfd_fast.segmented_lora_(y, x, a, b, rows, scale)
+    _in_place(y, x, a, b, rows, scale)
     return y

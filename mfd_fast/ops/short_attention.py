@@ -24,39 +24,24 @@ import torch
 from torch import Tensor
 
 from mfd_fast.ops import reference
-from mfd_fast.ops.dispatch import register
+from mfd_fast.ops.checks import check_like
+from mfd_fast.ops.dispatch import define, differentiable
 
+OP = "short_attention"
 MAX_TOKENS = 16
 MAX_WIDTH = 64
 MERGES = ("normal", "row_major")
 
-_FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? bias, bool row_major, float scale) -> Tensor"
-_BACKWARD = (
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, bool row_major, float scale, "
-    "bool with_bias) -> (Tensor grad_qkv, Tensor grad_bias)"
-)
-torch.library.define("mfd_fast::short_attention", _FORWARD)
-torch.library.define("mfd_fast::_short_attention_cuda", _FORWARD)
-torch.library.define("mfd_fast::_short_attention_backward", _BACKWARD)
-torch.library.define("mfd_fast::_short_attention_backward_cuda", _BACKWARD)
-torch.library.define(
-    "mfd_fast::short_attention_qkv",
-    "(Tensor qkv, Tensor? bias, bool row_major, float scale) -> Tensor",
-)
 
-
-@torch.library.register_fake("mfd_fast::short_attention")
-def _(q, k, v, bias, row_major, scale):
+def _fake(q, k, v, bias, row_major, scale):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
 
 
-@torch.library.register_fake("mfd_fast::short_attention_qkv")
-def _(qkv, bias, row_major, scale):
+def _fake_qkv(qkv, bias, row_major, scale):
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[3] * qkv.shape[4])
 
 
-@torch.library.register_fake("mfd_fast::_short_attention_backward")
-def _(grad, q, k, v, bias, row_major, scale, with_bias):
+def _fake_backward(grad, q, k, v, bias, row_major, scale, with_bias):
     rows, tokens, heads, width = q.shape
     shape = (heads, tokens, tokens) if with_bias else (0,)
     return q.new_empty(rows, tokens, 3, heads, width), q.new_empty(shape, dtype=_wide(q.dtype))
@@ -90,13 +75,31 @@ def _rounded_backward(*args):
     return grad_qkv.to(args[1].dtype), grad_bias
 
 
-register("short_attention", _reference)
-register("_short_attention_backward", _rounded_backward)
+_forward = define(
+    OP,
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, bool row_major, float scale) -> Tensor",
+    fake=_fake,
+    reference=_reference,
+    is_compiled=True,
+)
+_backward_of = define(
+    f"_{OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, bool row_major, float scale, "
+    "bool with_bias) -> (Tensor grad_qkv, Tensor grad_bias)",
+    fake=_fake_backward,
+    reference=_rounded_backward,
+    is_compiled=True,
+)
+# Runs the operator above on every device.
+torch.library.define(
+    f"mfd_fast::{OP}_qkv", "(Tensor qkv, Tensor? bias, bool row_major, float scale) -> Tensor"
+)
+torch.library.register_fake(f"mfd_fast::{OP}_qkv")(_fake_qkv)
 
 
-@torch.library.impl("mfd_fast::short_attention_qkv", "CompositeExplicitAutograd")
+@torch.library.impl(f"mfd_fast::{OP}_qkv", "CompositeExplicitAutograd")
 def _(qkv, bias, row_major, scale):
-    return torch.ops.mfd_fast.short_attention(*qkv.unbind(2), bias, row_major, scale)
+    return _forward(*qkv.unbind(2), bias, row_major, scale)
 
 
 def _setup_context(ctx, inputs, output):
@@ -105,7 +108,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, q, k, v, bias, with_bias):
-    grad_qkv, grad_bias = torch.ops.mfd_fast._short_attention_backward(
+    grad_qkv, grad_bias = _backward_of(
         grad.contiguous(), q, k, v, bias, ctx.row_major, ctx.scale, with_bias
     )
     return grad_qkv, grad_bias if with_bias else None
@@ -122,12 +125,8 @@ def _backward_qkv(ctx, grad):
     return *_gradients(ctx, grad, *parts, bias, ctx.needs_input_grad[1]), None, None
 
 
-torch.library.register_autograd(
-    "mfd_fast::short_attention", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "mfd_fast::short_attention_qkv", _backward_qkv, setup_context=_setup_context
-)
+differentiable(OP, _backward, _setup_context)
+differentiable(f"{OP}_qkv", _backward_qkv, _setup_context)
 
 
 def _check(name: str, x: Tensor, like: Tensor, layout: str) -> None:
@@ -139,11 +138,7 @@ def _check(name: str, x: Tensor, like: Tensor, layout: str) -> None:
             f"short_attention: {name} must have 1 to {MAX_TOKENS} tokens and heads 1 to "
             f"{MAX_WIDTH} wide; got {list(x.shape)} for {layout}"
         )
-    if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
-        raise ValueError(
-            f"short_attention: {name} must be like q, {like.dtype} {list(like.shape)} on "
-            f"{like.device}; got {x.dtype} {list(x.shape)} on {x.device}"
-        )
+    check_like(OP, name, x, "q", like)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"short_attention: {name} must have a contiguous last dimension; "
@@ -192,7 +187,7 @@ def short_attention(
         _check(name, x, q, "[N, T, H, D]")
     bias = _bias(bias, q, q.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.mfd_fast.short_attention(q, k, v, bias, _row_major(merge), scale)
+    return _forward(q, k, v, bias, _row_major(merge), scale)
 
 
 def short_attention_qkv(

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from torch.utils._pytree import tree_leaves
 
-from bench.harness import Options
 from bench.predict import cycles
 from bench.results import record
+from bench.running import Options
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from bench.harness import Options
 from bench.results import record
+from bench.running import Options
 from bench.updates import literal, sana_literal
 from bench.updates.sana_sizes import EMPTY_TOKENS, MAX_TOKENS, SIZES, Published
 from mfd_fast.backbones.lanes import trajectory_lanes

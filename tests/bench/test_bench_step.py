@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, running
 from bench.__main__ import main
 from bench.pages import performance, waterfall
 from bench.predict import roofline
@@ -154,7 +154,7 @@ def test_without_diffusers_its_variants_are_skipped_by_name(monkeypatch, capsys)
 def test_a_variant_that_fails_is_named_and_the_others_stay(tmp_path, monkeypatch, capsys):
     def elsewhere(_, model, variant, *__):
         if variant == "lane-packed":
-            raise harness.BenchmarkError("measure failed with status 1")
+            raise running.BenchmarkError("measure failed with status 1")
         return rows_of(model, variant)
 
     monkeypatch.setattr(step, "elsewhere", elsewhere)

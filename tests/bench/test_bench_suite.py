@@ -11,9 +11,9 @@ import pytest
 
 from bench import __main__ as suite
 from bench import results
-from bench.harness import Options
 from bench.pages.suite import table_of, write_page
 from bench.results import columns_of, compare, time_of
+from bench.running import Options
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results"

@@ -229,9 +229,9 @@ X = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
 ERRORS = [
     ({"x": X[0]}, r"x must be \[R, T, C\]; got \[2, 16\]"),
     ({"x": X.mT.contiguous().mT}, "x must be contiguous"),
-    ({"y": X[:2]}, r"y must be like x, contiguous .*\[4, 2, 16\] on cpu; got .*\[2, 2, 16\]"),
+    ({"y": X[:2]}, r"y must be like x, .*\[4, 2, 16\] on cpu; got .*\[2, 2, 16\]"),
     ({"y": X.float()}, "y must be like x.*got torch.float32"),
-    ({"y": X.mT.contiguous().mT}, "y must be like x, contiguous"),
+    ({"y": X.mT.contiguous().mT}, "y must be contiguous"),
     ({"y": X.to("meta")}, "y must be like x.* on cpu; got .* on meta"),
     ({"gate": X[0]}, None),
     ({"gate": X[0, :, :8]}, r"gate must be \[S, 16\]; got \[2, 8\]"),

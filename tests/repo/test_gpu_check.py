@@ -71,7 +71,7 @@ def test_both_commands_run_on_a_bare_machine(tmp_path, bare):
 
     command = [sys.executable, "-m", "scripts.gpu_results", str(out), str(committed)]
     subprocess.run(command, check=True, cwd=ROOT)
-    names = {f"{name}_cpu.json" for name in (*operators, "step_sana_tiny", "profile_digits")}
+    names = {f"{name}_cpu.json" for name in (*operators, "step_sana_tiny", "profile_sana_tiny")}
     assert {path.name for path in committed.iterdir()} == names
 
 

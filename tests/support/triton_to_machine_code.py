@@ -1,6 +1,9 @@
-"""Compiles every ``COMPILE_CASES`` entry for some architectures; a JSON line of resources for each.
+"""Compiles ``COMPILE_CASES`` for some architectures; a JSON line of resources for each.
 
-    python tests/support/triton_to_machine_code.py 80,90 [module ...]
+    python tests/support/triton_to_machine_code.py 90,80,100 [module ...]
+
+Every case for the first one; for the others the cases of each kernel that take the most registers
+and the most shared memory there, and those that the first one is too old for.
 
 No GPU is needed.  Run by test_triton_compile.py in a process of its own, because the tests run with
 TRITON_INTERPRET=1 and then no kernel can be compiled.
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -57,13 +61,30 @@ def report(case, arch: int) -> dict:
 
 
 def main(archs: list[int], modules: list[str]) -> None:
+    first, *others = archs
     for module in modules or MODULES:
         cases = getattr(import_module(f"mfd_fast.kernels.{module}"), "COMPILE_CASES", ())
+        rows = {}
         for index, case in enumerate(cases):
-            for arch in (arch for arch in archs if arch >= case.min_arch):
-                name = f"{case.kernel.__name__}[{index}]"
-                row = {"module": module, "case": name, "arch": arch} | report(case, arch)
-                print(json.dumps(row), flush=True)
+            if first >= case.min_arch:
+                rows[index] = report_line(module, index, case, first)
+        for kernel in {case.kernel.__name__ for case in cases}:
+            same = [i for i, case in enumerate(cases) if case.kernel.__name__ == kernel]
+            built = [i for i in same if i in rows and not rows[i]["error"]]
+            chosen = {i for i in same if i not in built}
+            for resource in ("REG", "shared") if built else ():
+                chosen.add(max(built, key=lambda i, key=resource: rows[i][key]))
+            for index, arch in product(sorted(chosen), others):
+                if arch >= cases[index].min_arch:
+                    report_line(module, index, cases[index], arch)
+
+
+def report_line(module: str, index: int, case, arch: int) -> dict:
+    """Print and return one kernel's line."""
+    name = f"{case.kernel.__name__}[{index}]"
+    row = {"module": module, "case": name, "arch": arch} | report(case, arch)
+    print(json.dumps(row), flush=True)
+    return row
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ import hashlib
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import huggingface_hub
 from sana_models import inputs, make_ours, make_theirs
 from text_encoders import GEMMA, make_prompts, save_gemma
 
