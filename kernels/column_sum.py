@@ -27,7 +27,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _sum_parts_kernel(
-    partial_ptr,  # [S, P, N], N = 2 C
+    partial_ptr,  # [S, P, N]
     sums_ptr,  # [S, N]
     parts,
     n,
@@ -90,17 +90,18 @@ def _finish_kernel(
 
 
 def sum_parts(partial: Tensor) -> Tensor:
-    """``[S, P, 2, C]`` -> ``[S, 2, C]``."""
-    samples, parts, _, channels = partial.shape
+    """``[S, P, ...]`` -> ``[S, ...]``."""
+    samples, parts = partial.shape[:2]
     if parts == 1:
         return partial[:, 0]
-    sums = partial.new_empty(samples, 2, channels)
-    blocks = triton.cdiv(2 * channels, BLOCK_C)
+    sums = torch.empty_like(partial[:, 0], memory_format=torch.contiguous_format)
+    n = sums[0].numel()
+    blocks = triton.cdiv(n, BLOCK_C)
     _sum_parts_kernel[(samples * blocks,)](
         partial,
         sums,
         parts,
-        2 * channels,
+        n,
         blocks,
         BLOCK_P=BLOCK_P,
         BLOCK_C=BLOCK_C,

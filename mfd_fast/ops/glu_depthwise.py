@@ -56,8 +56,9 @@ def _reference_backward(grad, x, weight, bias, in_bias, height, width, with_conv
     return grad_x, grad_conv.contiguous() if with_conv else x.new_empty(0)
 
 
-register("glu_depthwise", reference.glu_depthwise)
-register("_glu_depthwise_backward", _reference_backward)
+_TRITON = "mfd_fast.kernels.glu_depthwise"
+register("glu_depthwise", reference.glu_depthwise, triton=f"{_TRITON}:glu_depthwise")
+register("_glu_depthwise_backward", _reference_backward, triton=f"{_TRITON}:glu_depthwise_backward")
 
 
 def _setup_context(ctx, inputs, output):

@@ -90,8 +90,11 @@ def _rounded_backward(*args):
     return grad_qkv.to(args[1].dtype), grad_bias
 
 
-register("short_attention", _reference)
-register("_short_attention_backward", _rounded_backward)
+_TRITON = "mfd_fast.kernels.short_attention"
+register("short_attention", _reference, triton=f"{_TRITON}:short_attention")
+register(
+    "_short_attention_backward", _rounded_backward, triton=f"{_TRITON}:short_attention_backward"
+)
 
 
 @torch.library.impl("mfd_fast::short_attention_qkv", "CompositeExplicitAutograd")

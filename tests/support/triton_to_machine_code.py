@@ -29,7 +29,7 @@ def compile_case(case, arch: int):
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.signature.items()
-        if kind.startswith("*")
+        if isinstance(kind, str) and kind.startswith("*")
     }
     source = ASTSource(case.kernel, case.signature, case.constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
