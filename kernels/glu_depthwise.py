@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.dot import INTERPRETED, round_to
 
 COLUMNS = 4
@@ -303,23 +302,3 @@ def glu_depthwise_backward(
         height, width, triton.cdiv(height, rows), rows, num_warps=NUM_WARPS, **shape,
     )  # fmt: skip
     return grad_x, grad_conv
-
-
-def _case(dtype: str, channels: int, *, backward: bool, has_bias: bool = True) -> CompileCase:
-    kernel = _glu_depthwise_backward_kernel if backward else _glu_depthwise_kernel
-    constexprs = launch_shape(channels, 4 if dtype == "fp32" else 2, backward=backward)
-    if not has_bias:
-        constexprs |= {"in_bias_ptr": None} | ({"grad_conv_ptr": None} if backward else {})
-    types = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
-    types |= dict.fromkeys(constexprs, "constexpr")
-    return CompileCase(kernel, types, constexprs, NUM_WARPS)
-
-
-# SANA 1.6B in every dtype; ragged channels without what is optional.
-COMPILE_CASES: tuple[CompileCase, ...] = tuple(
-    _case(dtype, channels, backward=backward, has_bias=has_bias)
-    for backward in (False, True)
-    for dtype, channels, has_bias in (
-        ("bf16", 5600, True), ("fp16", 5600, False), ("fp32", 5600, True), ("bf16", 53, False),
-    )
-)  # fmt: skip

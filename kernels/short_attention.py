@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.column_sum import partition, sum_parts
 from mfd_fast.kernels.dot import dot, round_to
 
@@ -263,30 +262,3 @@ def short_attention_backward(
     if partial is None:
         return grad_qkv, q.new_empty(bias_shape, dtype=torch.float32)
     return grad_qkv, sum_parts(sum_parts(partial)[None])[0]
-
-
-def _case(dtype: str, heads: int, width: int, *, backward: bool, has_bias: bool) -> CompileCase:
-    kernel = _short_attention_backward_kernel if backward else _short_attention_kernel
-    constexprs = launch_shape(12, heads, width, 4 if dtype == "fp32" else 2)
-    types = {name: f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= {"bias_ptr": "*fp32", "rows": "i32", "heads": "i32", "each": "i32", "scale": "fp32"}
-    types |= {name: ("i32",) * 3 for name in kernel.arg_names if name.endswith("_strides")}
-    if backward:
-        types |= {"partial_ptr": "*fp32"}
-    else:
-        del types["each"]
-    if not has_bias:
-        constexprs |= {"bias_ptr": None} | ({"partial_ptr": None} if backward else {})
-    signature = {n: types.get(n) for n in kernel.arg_names} | dict.fromkeys(constexprs, "constexpr")
-    return CompileCase(kernel, signature, constexprs, NUM_WARPS)
-
-
-# OccFM's three widths, in every dtype; the widest head.
-COMPILE_CASES: tuple[CompileCase, ...] = tuple(
-    _case(dtype, 8, width, backward=backward, has_bias=has_bias)
-    for backward in (False, True)
-    for dtype, width, has_bias in (
-        ("bf16", 8, False), ("bf16", 16, True), ("bf16", 32, False), ("fp16", 16, True),
-        ("fp32", 16, True), ("fp32", 64, True), ("bf16", 64, True),
-    )
-)  # fmt: skip
