@@ -97,12 +97,17 @@ def _activate(x_ptr, in_bias, sample, y, first, height, width, c, C: tl.constexp
     for k in tl.static_range(N):
         inside = (y >= 0) & (y < height) & (first + k >= 0) & (first + k < width)
         at = ((sample * height + y) * width + first + k) * 2 * C + c
-        v, g = _load_pair(x_ptr, at, _where(inside, c, C), C)
-        if in_bias is not None:
-            v, g = v + in_bias[0], g + in_bias[1]
+        mask = _where(inside, c, C)
+        if in_bias is None:
+            v, g = _load_pair(x_ptr, at, mask, C)
+        else:  # what is outside the image cancels the bias: SiLU(0) = 0
+            outside = round_to(-in_bias[0], x_ptr.dtype.element_ty)
+            v = tl.load(x_ptr + at, mask=mask, other=outside).to(tl.float32) + in_bias[0]
+            outside = round_to(-in_bias[1], x_ptr.dtype.element_ty)
+            g = tl.load(x_ptr + C + at, mask=mask, other=outside).to(tl.float32) + in_bias[1]
         v, g, sigmoid_v, sigmoid_g = _sigmoids(v, g, PAIRED)
-        values = values + (tl.where(inside, v * sigmoid_v, 0.0),)  # noqa: RUF005
-        gates = gates + (tl.where(inside, g * sigmoid_g, 0.0),)  # noqa: RUF005
+        values = values + (v * sigmoid_v,)  # noqa: RUF005
+        gates = gates + (g * sigmoid_g,)  # noqa: RUF005
         slopes = slopes + (_slope(v, sigmoid_v),)  # noqa: RUF005
         gate_slopes = gate_slopes + (_slope(g, sigmoid_g),)  # noqa: RUF005
     return (values, gates), (slopes, gate_slopes)

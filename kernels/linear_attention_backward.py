@@ -26,8 +26,10 @@ from mfd_fast.kernels.linear_attention import (
     split_tokens,
 )
 
-# Tokens at once in the first kernel: its five tiles fill the registers with twice as many.
+# Tokens at once in the first kernel: its five tiles fill the registers with twice as many, and with
+# the widest heads already where they wait for loads under way (sm_80, sm_120).
 GRAD_Q_TOKENS = 32
+WIDEST = 64
 
 
 @triton.jit
@@ -151,7 +153,7 @@ def linear_attention_backward(
     shape = launch_shape(width, q.element_size(), GRAD_Q_TOKENS)
     _linear_attention_grad_q_kernel[(rows * heads, splits)](
         grad, q, state, out, partial, *q.stride()[:3], heads, tokens, length, float(eps),
-        num_stages=NUM_STAGES, **shape,
+        num_stages=1 if width == WIDEST else NUM_STAGES, **shape,
     )  # fmt: skip
     shape = launch_shape(width, q.element_size())
     parts = triton.cdiv(tokens, APPLY_TOKENS)

@@ -107,10 +107,7 @@ def _segmented_matmul_kernel(
             x_at = t[:, None] * X_WIDTH + (part * C + c)[None, :]
             x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)
             w_mask = (c < C)[:, None] & (columns < N)[None, :]
-            if FLIPPED:
-                w_at = c[:, None] * N + columns[None, :]
-            else:
-                w_at = columns[None, :] * C + c[:, None]
+            w_at = c[:, None] * (N if FLIPPED else 1) + columns[None, :] * (1 if FLIPPED else C)
             w = tl.load(w_ptr + part.to(tl.int64) * w_inner + w_at, mask=w_mask, other=0.0)
             total = dot(x, round_to(w.to(tl.float32), x.dtype), total)
         total *= scale

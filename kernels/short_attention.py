@@ -33,10 +33,11 @@ def _pairs(block, rows, heads, BLOCK_H: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _tile(ptr, row, head, strides, first, CHUNK: tl.constexpr):
+def _tile(ptr, row, head, strides, first, VECTOR: tl.constexpr, CHUNK: tl.constexpr):
     """Pointers to columns first .. first + CHUNK of every token, ``[PAIRS, TOKENS, CHUNK]``."""
     t, d = tl.arange(0, TOKENS)[None, :, None], tl.arange(0, CHUNK)[None, None, :]
-    return ptr + (row * strides[0] + t * strides[1] + head * strides[2] + first + d)
+    at = row * strides[0] + t * strides[1] + head * strides[2]
+    return ptr + (tl.multiple_of(at, (VECTOR, VECTOR, VECTOR)) + first + d)
 
 
 @triton.jit
@@ -47,10 +48,19 @@ def _mask(exists, first, T: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _load(
-    ptr, row, head, exists, strides, first, T: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr
+    ptr,
+    row,
+    head,
+    exists,
+    strides,
+    first,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     mask = _mask(exists, first, T, D, CHUNK)
-    return tl.load(_tile(ptr, row, head, strides, first, CHUNK), mask=mask, other=0.0)
+    return tl.load(_tile(ptr, row, head, strides, first, VECTOR, CHUNK), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -88,6 +98,7 @@ def _short_attention_kernel(
     scale,
     T: tl.constexpr,
     D: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements that every stride is a multiple of
     BLOCK_H: tl.constexpr,
     PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -95,16 +106,16 @@ def _short_attention_kernel(
     row, head, exists = _pairs(tl.program_id(0), rows, heads, BLOCK_H, PAIRS)
     scores = tl.zeros([PAIRS, TOKENS, TOKENS], tl.float32)
     for first in range(0, D, CHUNK):
-        q = _load(q_ptr, row, head, exists, q_strides, first, T, D, CHUNK)
-        k = _load(k_ptr, row, head, exists, k_strides, first, T, D, CHUNK)
+        q = _load(q_ptr, row, head, exists, q_strides, first, T, D, VECTOR, CHUNK)
+        k = _load(k_ptr, row, head, exists, k_strides, first, T, D, VECTOR, CHUNK)
         scores = _add_products(q, k, scores)
     p = _softmax(scale * scores, bias_ptr, head, exists, bias_strides, T)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     p = round_to(p, dtype)
     for first in range(0, D, CHUNK):
-        v = _load(v_ptr, row, head, exists, v_strides, first, T, D, CHUNK)
+        v = _load(v_ptr, row, head, exists, v_strides, first, T, D, VECTOR, CHUNK)
         out = dot(p, v, tl.zeros([PAIRS, TOKENS, CHUNK], tl.float32))
-        at = _tile(out_ptr, row, head, out_strides, first, CHUNK)
+        at = _tile(out_ptr, row, head, out_strides, first, VECTOR, CHUNK)
         tl.store(at, round_to(out, dtype), mask=_mask(exists, first, T, D, CHUNK))
 
 
@@ -118,6 +129,15 @@ def _store_gradients(at, mask, ds, p, q, k, grad, scale, part):
     tl.store(at + part, round_to(dk, dtype), mask=mask)
     dv = dot(tl.permute(p, (0, 2, 1)), grad, zero)
     tl.store(at + 2 * part, round_to(dv, dtype), mask=mask)
+
+
+@triton.jit
+def _store_sums(partial_ptr, total, heads, T: tl.constexpr, BLOCK_H: tl.constexpr):
+    i, j = tl.arange(0, TOKENS)[None, :, None], tl.arange(0, TOKENS)[None, None, :]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
+    partial_ptr += tl.program_id(0).to(tl.int64) * heads * T * T
+    mask = (head < heads) & (i < T) & (j < T)
+    tl.store(partial_ptr + head * T * T + i * T + j, total, mask=mask)
 
 
 @triton.jit
@@ -140,59 +160,56 @@ def _short_attention_backward_kernel(
     scale,
     T: tl.constexpr,
     D: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements that every stride is a multiple of
     BLOCK_H: tl.constexpr,
     PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    dtype: tl.constexpr = grad_qkv_ptr.dtype.element_ty
     strides = (3 * T * heads * D, 3 * heads * D, D)
     square = tl.zeros([PAIRS, TOKENS, TOKENS], tl.float32)
     total = tl.zeros([BLOCK_H, TOKENS, TOKENS], tl.float32)
     for step in range(0, each):
-        block = tl.program_id(0) * each + step
-        row, head, exists = _pairs(block, rows, heads, BLOCK_H, PAIRS)
-        q = _load(q_ptr, row, head, exists, q_strides, 0, T, D, CHUNK)
-        k = _load(k_ptr, row, head, exists, k_strides, 0, T, D, CHUNK)
-        v = _load(v_ptr, row, head, exists, v_strides, 0, T, D, CHUNK)
-        grad = _load(grad_ptr, row, head, exists, grad_strides, 0, T, D, CHUNK)
+        row, head, exists = _pairs(tl.program_id(0) * each + step, rows, heads, BLOCK_H, PAIRS)
+        q = _load(q_ptr, row, head, exists, q_strides, 0, T, D, VECTOR, CHUNK)
+        k = _load(k_ptr, row, head, exists, k_strides, 0, T, D, VECTOR, CHUNK)
+        v = _load(v_ptr, row, head, exists, v_strides, 0, T, D, VECTOR, CHUNK)
+        grad = _load(grad_ptr, row, head, exists, grad_strides, 0, T, D, VECTOR, CHUNK)
         scores, dp = _add_products(q, k, square), _add_products(grad, v, square)
         for first in range(CHUNK, D, CHUNK):
-            q_more = _load(q_ptr, row, head, exists, q_strides, first, T, D, CHUNK)
-            k_more = _load(k_ptr, row, head, exists, k_strides, first, T, D, CHUNK)
+            q_more = _load(q_ptr, row, head, exists, q_strides, first, T, D, VECTOR, CHUNK)
+            k_more = _load(k_ptr, row, head, exists, k_strides, first, T, D, VECTOR, CHUNK)
             scores = _add_products(q_more, k_more, scores)
-            v_more = _load(v_ptr, row, head, exists, v_strides, first, T, D, CHUNK)
-            grad_more = _load(grad_ptr, row, head, exists, grad_strides, first, T, D, CHUNK)
+            v_more = _load(v_ptr, row, head, exists, v_strides, first, T, D, VECTOR, CHUNK)
+            grad_more = _load(grad_ptr, row, head, exists, grad_strides, first, T, D, VECTOR, CHUNK)
             dp = _add_products(grad_more, v_more, dp)
         p = _softmax(scale * scores, bias_ptr, head, exists, bias_strides, T)
         ds = p * (dp - tl.sum(p * dp, axis=2, keep_dims=True))
         if partial_ptr is not None:
             by_row = tl.reshape(ds, [PAIRS // BLOCK_H, BLOCK_H, TOKENS, TOKENS])
             total += tl.sum(by_row, axis=0)
-        p, ds = round_to(p, dtype), round_to(ds, dtype)
-        at, mask = _tile(grad_qkv_ptr, row, head, strides, 0, CHUNK), _mask(exists, 0, T, D, CHUNK)
+        p, ds = round_to(p, q.dtype), round_to(ds, q.dtype)
+        at = _tile(grad_qkv_ptr, row, head, strides, 0, VECTOR, CHUNK)
+        mask = _mask(exists, 0, T, D, CHUNK)
         _store_gradients(at, mask, ds, p, q, k, grad, scale, heads * D)
         for first in range(CHUNK, D, CHUNK):
-            q_more = _load(q_ptr, row, head, exists, q_strides, first, T, D, CHUNK)
-            k_more = _load(k_ptr, row, head, exists, k_strides, first, T, D, CHUNK)
-            grad_more = _load(grad_ptr, row, head, exists, grad_strides, first, T, D, CHUNK)
-            at = _tile(grad_qkv_ptr, row, head, strides, first, CHUNK)
+            q_more = _load(q_ptr, row, head, exists, q_strides, first, T, D, VECTOR, CHUNK)
+            k_more = _load(k_ptr, row, head, exists, k_strides, first, T, D, VECTOR, CHUNK)
+            grad_more = _load(grad_ptr, row, head, exists, grad_strides, first, T, D, VECTOR, CHUNK)
+            at = _tile(grad_qkv_ptr, row, head, strides, first, VECTOR, CHUNK)
             mask = _mask(exists, first, T, D, CHUNK)
             _store_gradients(at, mask, ds, p, q_more, k_more, grad_more, scale, heads * D)
     if partial_ptr is not None:
-        i, j = tl.arange(0, TOKENS)[None, :, None], tl.arange(0, TOKENS)[None, None, :]
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
-        partial_ptr += tl.program_id(0).to(tl.int64) * heads * T * T
-        mask = (head < heads) & (i < T) & (j < T)
-        tl.store(partial_ptr + head * T * T + i * T + j, total, mask=mask)
+        _store_sums(partial_ptr, total, heads, T, BLOCK_H)
 
 
 def launch_shape(tokens: int, heads: int, width: int, itemsize: int) -> dict[str, int]:
     """Compile-time constants.
 
-    fp32 products hold their operands in registers: two pairs at once, in chunks of 16 columns.
+    fp32 products hold their operands in registers: few pairs at once, in chunks of 16 columns.
     """
-    chunk = 16 if itemsize == 4 else max(16, triton.next_power_of_2(width))
-    pairs = 2 if itemsize == 4 else PAIR_ELEMENTS // (16 * chunk)
+    block_d = max(16, triton.next_power_of_2(width))
+    chunk = 16 if itemsize == 4 else min(32, block_d)
+    pairs = max(1, 32 // block_d) if itemsize == 4 else PAIR_ELEMENTS // (16 * block_d)
     block_h = min(pairs, triton.next_power_of_2(heads))
     return {"T": tokens, "D": width, "BLOCK_H": block_h, "PAIRS": pairs, "CHUNK": chunk}
 
@@ -215,6 +232,13 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
+def _vector(*tensors: Tensor, width: int) -> int:
+    """Elements of a 16-byte access, if heads are whole ones: Triton looks for multiples of 16."""
+    vector = 16 // tensors[0].element_size()
+    strides = (stride for x in tensors for stride in x.stride()[:3])
+    return vector if width % vector == 0 and all(s % vector == 0 for s in strides) else 1
+
+
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, row_major: bool, scale: float
 ) -> Tensor:
@@ -227,7 +251,7 @@ def short_attention(
     _short_attention_kernel[tuple(grid)](
         q, k, v, bias, out, *map(_strides, (q, k, v, bias)),
         _merged(tokens, heads, width, row_major), rows, heads, float(scale),
-        num_warps=NUM_WARPS, **shape,
+        VECTOR=_vector(q, k, v, width=width), num_warps=NUM_WARPS, **shape,
     )  # fmt: skip
     return out
 
@@ -257,7 +281,7 @@ def short_attention_backward(
     _short_attention_backward_kernel[(parts, head_blocks)](
         grad, q, k, v, bias, grad_qkv, partial, _merged(tokens, heads, width, row_major),
         *map(_strides, (q, k, v, bias)), rows, heads, each, float(scale),
-        num_warps=NUM_WARPS, **shape,
+        VECTOR=_vector(q, k, v, width=width), num_warps=NUM_WARPS, **shape,
     )  # fmt: skip
     if partial is None:
         return grad_qkv, q.new_empty(bias_shape, dtype=torch.float32)

@@ -32,7 +32,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton's first import
 import triton
 
 from bench.predict.kernel_shapes import SHAPES
-from bench.predict.launches import Launch, compile_launch, record, specialise
+from bench.predict.launches import Launch, compile_launch, oldest_arch, record, specialise
 from bench.record import write
 from mfd_fast.cost.devices import DEVICES
 
@@ -205,7 +205,8 @@ def bounds(cards: list[str], only: str = "") -> Iterator[dict]:
     for shape, call in SHAPES.items():
         for at, launch in enumerate(record(call)):
             if re.search(only, launch.name):
-                yield from ({"shape": shape, "at": at} | bound(launch, card) for card in cards)
+                able = (card for card in cards if CARDS[card].arch >= oldest_arch(launch))
+                yield from ({"shape": shape, "at": at} | bound(launch, card) for card in able)
 
 
 PREFACE = """\

@@ -78,6 +78,11 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constexprs, attrs
 
 
+def oldest_arch(launch: Launch) -> int:
+    """The first architecture that has the launch's types: 89 for e4m3, else 80."""
+    return 89 if "*fp8e4nv" in specialise(launch)[0].values() else 80
+
+
 def compile_launch(launch: Launch, arch: int):
     """The kernel's machine code (``asm["cubin"]``) and metadata for sm_``arch``."""
     source = ASTSource(launch.kernel, *specialise(launch))

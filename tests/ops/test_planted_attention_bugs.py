@@ -41,7 +41,7 @@ BUGS = {
     },
     "glu_depthwise": {
         "wrong sign": ("(1.0 + x * (1.0", "(1.0 - x * (1.0"),
-        "missing mask": ("tl.where(inside, v * sigmoid_v, 0.0)", "v * sigmoid_v"),
+        "missing mask": ("other=outside", "other=0.0"),
         "wrong stride": ("y - 2) * width + first + n)", "y - 2) * width + first)"),
         "filter not mirrored": ("2 - j if MIRRORED else j", "j"),
         "filter upside down": ("taps[0][3 * ROW", "taps[0][3 * (2 - ROW)"),

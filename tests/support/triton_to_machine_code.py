@@ -17,10 +17,9 @@ from pathlib import Path
 import triton
 from kernel_launches import LAUNCHERS, launch
 
-from bench.predict.launches import Launch, compile_launch, record, specialise
+from bench.predict.launches import Launch, compile_launch, oldest_arch, record, specialise
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-NEWER = {"fp8e4nv": 89}  # types that older architectures lack
 
 
 def launches(module: str) -> list[Launch]:
@@ -52,9 +51,7 @@ def report(one: Launch, arch: int) -> dict:
 def main(archs: list[int], modules: list[str]) -> None:
     for module in modules:
         for index, one in enumerate(launches(module)):
-            types = str(specialise(one)[0])
-            oldest = max((arch for name, arch in NEWER.items() if name in types), default=0)
-            for arch in (arch for arch in archs if arch >= oldest):
+            for arch in (arch for arch in archs if arch >= oldest_arch(one)):
                 row = {"module": module, "case": f"{one.name}[{index}]", "arch": arch}
                 print(json.dumps(row | report(one, arch)), flush=True)
 
