@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
-
 BLOCK_P = 16
 BLOCK_S = 16
 BLOCK_C = 64
@@ -27,7 +25,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _sum_parts_kernel(
-    partial_ptr,  # [S, P, N], N = 2 C
+    partial_ptr,  # [S, P, N]
     sums_ptr,  # [S, N]
     parts,
     n,
@@ -90,17 +88,18 @@ def _finish_kernel(
 
 
 def sum_parts(partial: Tensor) -> Tensor:
-    """``[S, P, 2, C]`` -> ``[S, 2, C]``."""
-    samples, parts, _, channels = partial.shape
+    """``[S, P, ...]`` -> ``[S, ...]``."""
+    samples, parts = partial.shape[:2]
     if parts == 1:
         return partial[:, 0]
-    sums = partial.new_empty(samples, 2, channels)
-    blocks = triton.cdiv(2 * channels, BLOCK_C)
+    sums = torch.empty_like(partial[:, 0], memory_format=torch.contiguous_format)
+    n = sums[0].numel()
+    blocks = triton.cdiv(n, BLOCK_C)
     _sum_parts_kernel[(samples * blocks,)](
         partial,
         sums,
         parts,
-        2 * channels,
+        n,
         blocks,
         BLOCK_P=BLOCK_P,
         BLOCK_C=BLOCK_C,
@@ -150,43 +149,3 @@ def partition(samples: int, tiles: int, programs: int) -> tuple[int, int]:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _finish_case(row: str, has_total: bool, plane: int, channels: int) -> CompileCase:
-    optional = f"*{row}" if has_total else "constexpr"
-    signature = {
-        "sums_ptr": "*fp32",
-        "factor_ptr": optional,
-        "weight_ptr": optional,
-        "first_ptr": f"*{row}",
-        "second_ptr": f"*{row}",
-        "total_ptr": optional,
-        "samples": "i32",
-        "weight_stride": "i32",
-    }
-    constexprs = {"C": channels, "OFFSET": 1.0, "PLANE": plane, "BLOCK_S": 16, "BLOCK_C": BLOCK_C}
-    constexprs |= {name: None for name, kind in signature.items() if kind == "constexpr"}
-    return CompileCase(
-        _finish_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, NUM_WARPS
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    CompileCase(
-        _sum_parts_kernel,
-        {
-            "partial_ptr": "*fp32",
-            "sums_ptr": "*fp32",
-            "parts": "i32",
-            "n": "i32",
-            "blocks": "i32",
-            "BLOCK_P": "constexpr",
-            "BLOCK_C": "constexpr",
-        },
-        {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C},
-        NUM_WARPS,
-    ),
-    _finish_case("bf16", False, 0, 2240),
-    _finish_case("fp16", True, 0, 256),
-    _finish_case("fp32", True, 1, 2240),
-)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.column_sum import compute_dtype, finish, partition, sum_parts
 
 # 256 columns: 2240 = 8.75 * 256 wastes 3 % of the lanes where 1024 would waste 27 %, and a row of a
@@ -199,33 +198,3 @@ def gated_residual_backward(
             plane=1,
         )
     return grad_y, grad_gate, grad_bias
-
-
-def _cases(dtype: str, channels: int, bias: bool) -> tuple[CompileCase, ...]:
-    block_r, block_c = _tile(channels)
-    data = f"*{dtype}"
-    bias_type = data if bias else "constexpr"
-    blocks = {"C": channels, "WIDE": tl.float32, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    rows = {"gate_ptr": data, "bias_ptr": bias_type}
-    counts = {"rows": "i32", "tiles": "i32", "gate_stride": "i32"}
-    both = {"grad_ptr": data, "y_ptr": data} | rows | {"grad_y_ptr": data, "partial_ptr": "*fp32"}
-
-    def case(kernel, types: dict[str, str]) -> CompileCase:
-        values = blocks | {name: None for name, type in types.items() if type == "constexpr"}
-        return CompileCase(kernel, types | dict.fromkeys(values, "constexpr"), values, NUM_WARPS)
-
-    forward = {"x_ptr": data, "y_ptr": data} | rows | {"out_ptr": data} | counts
-    parts = {"rows": "i32", "parts": "i32", "tiles": "i32", "gate_stride": "i32"}
-    alone = both | {"y_ptr": "constexpr", "partial_ptr": "constexpr"}
-    return (
-        case(_gated_residual_kernel, forward),
-        case(_gated_residual_backward_kernel, both | parts),
-        case(_gated_residual_backward_kernel, alone | parts),
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *_cases("fp32", 2240, True),
-    *_cases("bf16", 2240, True),
-    *_cases("fp16", 64, False),
-)

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
-
 # 2048 elements over 8 warps: one 16-byte access per thread and operand in bf16, two in fp32.  Other
 # sizes were not tried: not measured on a GPU.
 BLOCK_N = 2048
@@ -65,24 +63,3 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor, with_target: bool) -> tupl
         num_warps=NUM_WARPS,
     )
     return x_t, target
-
-
-def _case(dtype: str, with_target: bool) -> CompileCase:
-    data = f"*{dtype}"
-    signature = {"x0_ptr": data, "noise_ptr": data, "t_ptr": "*fp32", "x_t_ptr": data}
-    signature |= {"target_ptr": data if with_target else "constexpr", "n": "i32", "blocks": "i32"}
-    values = {"WIDE": tl.float32, "BLOCK_N": BLOCK_N} | (
-        {} if with_target else {"target_ptr": None}
-    )
-    return CompileCase(
-        _interpolate_kernel, signature | dict.fromkeys(values, "constexpr"), values, NUM_WARPS
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    _case("fp32", True),
-    _case("fp32", False),
-    _case("bf16", True),
-    _case("bf16", False),
-    _case("fp16", True),
-)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.column_sum import finish
 from mfd_fast.kernels.norm_modulate import forward
-from mfd_fast.kernels.norm_modulate_backward import backward, compile_cases
+from mfd_fast.kernels.norm_modulate_backward import backward
 
 
 def layer_norm_modulate(
@@ -44,13 +43,3 @@ def layer_norm_modulate_backward(
         offset=1.0,
     )
     return grad_x, grad_scale, grad_shift, grad_gain
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *compile_cases("fp32", 2240, "layer", silu=False, gain=False),
-    *compile_cases("bf16", 2240, "layer", silu=False, gain=False),
-    *compile_cases("bf16", 2240, "rms", silu=False, gain=True),
-    *compile_cases("fp16", 128, "layer", silu=False, gain=False),
-    *compile_cases("fp32", 8192, "layer", silu=False, gain=True),
-    *compile_cases("bf16", 8192, "layer", silu=False, gain=True),
-)

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.dot import dot, dot_wide, round_to
 
 # Ranges of tokens with their own partial state: one row of SANA 1024px is 70 heads x 2 programs for
@@ -184,43 +183,3 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tenso
         SPLITS=splits, num_stages=NUM_STAGES, **shape,
     )  # fmt: skip
     return out, state
-
-
-def _cases(dtype: str, width: int, splits: int) -> tuple[CompileCase, ...]:
-    shape = launch_shape(width, 4 if dtype == "fp32" else 2)
-    warps = shape.pop("num_warps")
-    constexpr = dict.fromkeys(shape, "constexpr")
-    strides = ("row", "token", "head")
-    state = CompileCase(
-        _linear_attention_state_kernel,
-        {"k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
-        | {f"{x}_{name}": "i32" for x in "kv" for name in strides}
-        | {"heads": "i32", "tokens": "i32", "range_tokens": "i32"}
-        | constexpr,
-        shape,
-        warps,
-        NUM_STAGES,
-    )
-    apply = CompileCase(
-        _linear_attention_apply_kernel,
-        {"q_ptr": f"*{dtype}", "partial_ptr": "*fp32", "state_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-        | {f"q_{name}": "i32" for name in strides}
-        | {"heads": "i32", "tokens": "i32", "apply_tokens": "i32", "eps": "fp32"}
-        | constexpr
-        | {"SPLITS": "constexpr"},
-        shape | {"SPLITS": splits},
-        warps,
-        NUM_STAGES,
-    )
-    return state, apply
-
-
-# SANA 1024px (width 32, S = 2) in every dtype; the narrowest and the widest head, S = 1 and 4.
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *_cases("bf16", 32, 2),
-    *_cases("fp16", 32, 2),
-    *_cases("fp32", 32, 2),
-    *_cases("bf16", 4, 1),
-    *_cases("bf16", 64, 4),
-    *_cases("fp32", 64, 4),
-)

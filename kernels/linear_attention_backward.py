@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.dot import dot_wide, round_to
 from mfd_fast.kernels.linear_attention import (
     APPLY_TOKENS,
@@ -27,8 +26,10 @@ from mfd_fast.kernels.linear_attention import (
     split_tokens,
 )
 
-# Tokens at once in the first kernel: its five tiles fill the registers with twice as many.
+# Tokens at once in the first kernel: its five tiles fill the registers with twice as many, and with
+# the widest heads already where they wait for loads under way (sm_80, sm_120).
 GRAD_Q_TOKENS = 32
+WIDEST = 64
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def linear_attention_backward(
     shape = launch_shape(width, q.element_size(), GRAD_Q_TOKENS)
     _linear_attention_grad_q_kernel[(rows * heads, splits)](
         grad, q, state, out, partial, *q.stride()[:3], heads, tokens, length, float(eps),
-        num_stages=NUM_STAGES, **shape,
+        num_stages=1 if width == WIDEST else NUM_STAGES, **shape,
     )  # fmt: skip
     shape = launch_shape(width, q.element_size())
     parts = triton.cdiv(tokens, APPLY_TOKENS)
@@ -161,46 +162,3 @@ def linear_attention_backward(
         SPLITS=splits, num_stages=NUM_STAGES, **shape,
     )  # fmt: skip
     return out
-
-
-def _cases(dtype: str, width: int, splits: int) -> tuple[CompileCase, ...]:
-    itemsize = 4 if dtype == "fp32" else 2
-    shape, q_shape = launch_shape(width, itemsize), launch_shape(width, itemsize, GRAD_Q_TOKENS)
-    warps = shape.pop("num_warps")
-    q_shape.pop("num_warps")
-    constexpr = dict.fromkeys(shape, "constexpr")
-    strides = ("row", "token", "head")
-    element = f"*{dtype}"
-    grad_q = CompileCase(
-        _linear_attention_grad_q_kernel,
-        {"grad_ptr": element, "q_ptr": element, "state_ptr": "*fp32", "grad_q_ptr": element}
-        | {"partial_ptr": "*fp32"}
-        | {f"q_{name}": "i32" for name in strides}
-        | {"heads": "i32", "tokens": "i32", "range_tokens": "i32", "eps": "fp32"}
-        | constexpr,
-        q_shape,
-        warps,
-        NUM_STAGES,
-    )
-    grad_kv = CompileCase(
-        _linear_attention_grad_kv_kernel,
-        {"k_ptr": element, "v_ptr": element, "partial_ptr": "*fp32", "grad_ptr": element}
-        | {f"{x}_{name}": "i32" for x in "kv" for name in strides}
-        | {"heads": "i32", "tokens": "i32", "apply_tokens": "i32"}
-        | constexpr
-        | {"SPLITS": "constexpr"},
-        shape | {"SPLITS": splits},
-        warps,
-        NUM_STAGES,
-    )
-    return grad_q, grad_kv
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *_cases("bf16", 32, 2),
-    *_cases("fp16", 32, 2),
-    *_cases("fp32", 32, 2),
-    *_cases("bf16", 4, 1),
-    *_cases("bf16", 64, 4),
-    *_cases("fp32", 64, 4),
-)

@@ -9,13 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
-
 # 1024 elements over 4 warps: per thread one 16-byte access in bf16 (two in fp32) to each of three
 # inputs.  The second kernel is one program; it walks through rows and partial sums in tiles.
 BLOCK_N = 1024
 NUM_WARPS = 4
-FINISH_ROWS = 16
+FINISH_ROWS = 8  # 16 spill a register on sm_90
 FINISH_PARTS = 64
 
 
@@ -133,37 +131,3 @@ def mfd_loss(
         num_warps=NUM_WARPS,
     )
     return loss, distance, grad
-
-
-def _case(dtype: str, has_weight: bool) -> CompileCase:
-    data = f"*{dtype}"
-    signature = dict.fromkeys(("x_ptr", "teacher_ptr", "aux_ptr"), data) | {"span_ptr": "*fp32"}
-    signature |= {"weight_ptr": "*fp32" if has_weight else "constexpr", "grad_ptr": data}
-    signature |= {"partial_ptr": "*fp32", "n": "i32", "blocks": "i32"}
-    signature |= {"stride_teacher": "i32", "stride_aux": "i32", "numel": "i32"}
-    values = {"BLOCK_N": BLOCK_N} | ({} if has_weight else {"weight_ptr": None})
-    return CompileCase(
-        _mfd_loss_kernel, signature | dict.fromkeys(values, "constexpr"), values, NUM_WARPS
-    )
-
-
-def _finish_case(has_weight: bool) -> CompileCase:
-    signature = {"partial_ptr": "*fp32", "span_ptr": "*fp32"}
-    signature |= {"weight_ptr": "*fp32" if has_weight else "constexpr"}
-    signature |= {"loss_ptr": "*fp32", "distance_ptr": "*fp32"}
-    signature |= {"rows": "i32", "blocks": "i32", "numel": "i32"}
-    values = {"BLOCK_R": FINISH_ROWS, "BLOCK_P": FINISH_PARTS}
-    values |= {} if has_weight else {"weight_ptr": None}
-    return CompileCase(
-        _mfd_loss_finish_kernel, signature | dict.fromkeys(values, "constexpr"), values, NUM_WARPS
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    _case("fp32", True),
-    _case("fp32", False),
-    _case("bf16", True),
-    _case("fp16", True),
-    _finish_case(True),
-    _finish_case(False),
-)

@@ -20,13 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.column_sum import partition, sum_parts
 from mfd_fast.kernels.norm_modulate import (
     choose_tile,
     load_factor,
     load_row,
-    norm_modulate_kernel,
     row_dot,
     row_stride,
     row_sum,
@@ -210,35 +208,3 @@ def backward(
         num_warps=tile.num_warps,
     )
     return grad_x, sum_parts(partial) if with_sums else None
-
-
-def compile_cases(
-    dtype: str, channels: int, kind: str, *, silu: bool, gain: bool, modulated: bool = True
-) -> tuple[CompileCase, ...]:
-    """Forward, backward and backward with row gradients at one element type and width."""
-    itemsize = {"fp64": 8, "fp32": 4}.get(dtype, 2)
-    row = f"*{dtype}" if modulated else "constexpr"
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    inputs = {"x_ptr": f"*{dtype}", "scale_ptr": row, "shift_ptr": row}
-    inputs["gain_ptr"] = f"*{dtype}" if gain else "constexpr"
-    statistics = {"mean_ptr": wide if kind == "layer" else "constexpr", "rstd_ptr": wide}
-    strides = {"scale_stride": "i32", "shift_stride": "i32"}
-
-    def case(kernel, num_held: int, types: dict[str, str], values: dict) -> CompileCase:
-        tile = choose_tile(channels, itemsize, num_held)
-        values = values | {"C": channels, "KIND": kind, "SILU": silu}
-        values |= {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "CHUNKS": tile.chunks}
-        values |= {name: None for name, type in types.items() if type == "constexpr"}
-        types = types | strides | dict.fromkeys(values, "constexpr")
-        return CompileCase(kernel, types, values, tile.num_warps)
-
-    forward_types = inputs | {"y_ptr": f"*{dtype}"} | statistics | {"rows": "i32", "tiles": "i32"}
-    backward_types = {"grad_ptr": f"*{dtype}"} | inputs | statistics
-    backward_types |= {"grad_x_ptr": f"*{dtype}", "rows": "i32", "parts": "i32", "tiles": "i32"}
-    limit = {"MAX_RSTD": 1e13 if kind == "l2" else None}
-    kernel = _norm_modulate_backward_kernel
-    return (
-        case(norm_modulate_kernel, 1, forward_types, {"EPS": 1e-6}),
-        case(kernel, 2, backward_types | {"partial_ptr": "constexpr"}, limit),
-        case(kernel, 4, backward_types | {"partial_ptr": wide}, limit),
-    )

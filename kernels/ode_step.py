@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
-
 # As kernels/interpolate.py: one 16-byte access per thread to bf16 lanes, two to the fp32 states.
 BLOCK_N = 2048
 NUM_WARPS = 8
@@ -91,33 +89,3 @@ def ode_step_(
         BLOCK_N=BLOCK_N,
         num_warps=NUM_WARPS,
     )
-
-
-def _case(lanes: str, is_guided: bool, has_history: bool, has_input: bool) -> CompileCase:
-    optional = {"history_ptr": ("*fp32", has_history), "in_ptr": (f"*{lanes}", has_input)}
-    types = {name: kind if present else "constexpr" for name, (kind, present) in optional.items()}
-    values = {"S": 2, "IS_GUIDED": is_guided, "BLOCK_N": BLOCK_N}
-    values |= {name: None for name, kind in types.items() if kind == "constexpr"}
-    signature = {
-        "x_ptr": "*fp32",
-        "v_ptr": f"*{lanes}",
-        "history_ptr": types["history_ptr"],
-        "coef_ptr": "*fp32",
-        "in_ptr": types["in_ptr"],
-        "guidance": "fp32",
-        "n": "i32",
-        "blocks": "i32",
-    }
-    return CompileCase(
-        _ode_step_kernel, signature | dict.fromkeys(values, "constexpr"), values, NUM_WARPS
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    _case("bf16", True, True, True),
-    _case("bf16", True, False, True),
-    _case("bf16", False, False, False),
-    _case("fp16", True, True, True),
-    _case("fp32", True, True, True),
-    _case("fp32", False, True, False),
-)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.ops.reference import E4M3_MAX, E4M3_SMALLEST_ROW
 
 # Elements of a row that a thread holds: two 16-byte accesses in bf16.  Other numbers were not
@@ -62,21 +61,3 @@ def _tile(columns: int) -> tuple[int, int]:
     """Elements of a program and its warps."""
     block = triton.next_power_of_2(columns)
     return block, min(16, max(1, block // (32 * PER_THREAD)))
-
-
-def _case(dtype: str, columns: int) -> CompileCase:
-    block, num_warps = _tile(columns)
-    values = {"LARGEST": E4M3_MAX, "FLOOR": E4M3_SMALLEST_ROW, "BLOCK": block}
-    signature = {"x_ptr": f"*{dtype}", "values_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    signature |= {"columns": "i32"} | dict.fromkeys(values, "constexpr")
-    return CompileCase(
-        _quantize_rows_kernel, signature, values, num_warps=num_warps, min_arch=MIN_ARCH
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    _case("bf16", 2240),
-    _case("bf16", 5600),
-    _case("fp16", 64),
-    _case("fp32", 8192),
-)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.column_sum import finish
 from mfd_fast.kernels.norm_modulate import forward
-from mfd_fast.kernels.norm_modulate_backward import backward, compile_cases
+from mfd_fast.kernels.norm_modulate_backward import backward
 
 
 def rms_norm_modulate_silu(
@@ -57,12 +56,3 @@ def rms_norm_modulate_silu_backward(
             offset=1.0,
         )
     return grad_x, grad_gain, grad_scale, grad_shift
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *compile_cases("fp16", 64, "l2", silu=True, gain=True),
-    *compile_cases("fp16", 128, "l2", silu=True, gain=True, modulated=False),
-    *compile_cases("fp16", 256, "l2", silu=True, gain=True),
-    *compile_cases("bf16", 256, "l2", silu=True, gain=True),
-    *compile_cases("fp32", 64, "l2", silu=True, gain=True),
-)

@@ -10,7 +10,9 @@
 The first four are one kernel with other strides, the last two another.  A program of a row without
 an adapter returns at once, or, where the output has to be complete, copies y or writes zeros: which
 rows have one is known to the device only.  hidden and dh are in the model's dtype, as PEFT's are.
-The gradients of A and B are summed over rows and tokens in order by one program each.
+Their sums are long and have few outputs: they are cut into parts, each of a program of its own,
+that a further kernel adds in order.  The gradients of A and B are summed over rows and tokens in
+order by one program each.
 """
 
 import torch
@@ -18,11 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfd_fast.kernels import CompileCase
 from mfd_fast.kernels.dot import dot, round_to
 
 NUM_WARPS = 4
 NUM_STAGES = 3
+# Programs of one row's shrink: two for each of an H100's 132 multiprocessors.  docs/lab-notes.md.
+PROGRAMS = 264
+SUM_BLOCK = 1024
 # Sums up to the largest rank make outputs as wide as a layer: wide tiles.
 MAX_RANK = 256
 
@@ -72,14 +76,19 @@ def _segmented_matmul_kernel(
     OUT_WIDTH: tl.constexpr,
     FLIPPED: tl.constexpr,
     FILL: tl.constexpr,  # rows without an adapter are written too
+    SPLITS: tl.constexpr,  # parts of the sum; if several, out is [SPLITS, R, T, OUT_WIDTH] fp32
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    STEPS: tl.constexpr = INNER * ((C + BLOCK_C - 1) // BLOCK_C)
+    EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     row = tl.program_id(2).to(tl.int64)
     group = tl.program_id(0) // tl.cdiv(N, BLOCK_N)
     columns = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) // SPLITS * BLOCK_T + tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) % SPLITS * EACH
+    out_ptr += (tl.program_id(1) % SPLITS).to(tl.int64) * tl.num_programs(2) * tokens * OUT_WIDTH
     x_ptr += row * tokens * X_WIDTH + group * X_OUTER
     mask = (t < tokens)[:, None] & (columns < N)[None, :]
     at = row * tokens * OUT_WIDTH + group * N + (t[:, None] * OUT_WIDTH + columns[None, :])
@@ -87,17 +96,14 @@ def _segmented_matmul_kernel(
     if (adapter >= 0) & (adapter < adapters):
         w_ptr += adapter.to(tl.int64) * w_adapter + group.to(tl.int64) * w_outer
         total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for step in range(0, INNER * tl.cdiv(C, BLOCK_C)):
+        for step in range(first, tl.minimum(first + EACH, STEPS)):
             part = step // tl.cdiv(C, BLOCK_C)
             c = step % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
             x_mask = (t < tokens)[:, None] & (c < C)[None, :]
             x_at = t[:, None] * X_WIDTH + (part * C + c)[None, :]
             x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)
             w_mask = (c < C)[:, None] & (columns < N)[None, :]
-            if FLIPPED:
-                w_at = c[:, None] * N + columns[None, :]
-            else:
-                w_at = columns[None, :] * C + c[:, None]
+            w_at = c[:, None] * (N if FLIPPED else 1) + columns[None, :] * (1 if FLIPPED else C)
             w = tl.load(w_ptr + part.to(tl.int64) * w_inner + w_at, mask=w_mask, other=0.0)
             total = dot(x, round_to(w.to(tl.float32), x.dtype), total)
         total *= scale
@@ -110,6 +116,32 @@ def _segmented_matmul_kernel(
         else:
             zeros = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
             tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,  # [SPLITS, R, N] fp32
+    out_ptr,  # [R, N]
+    rows_ptr,  # [R] int32
+    adapters,
+    n,
+    FILL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = row * n + column
+    adapter = tl.load(rows_ptr + row)
+    if (adapter >= 0) & (adapter < adapters):
+        total = tl.zeros([BLOCK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = partial_ptr + tl.num_programs(1).to(tl.int64) * split * n
+            total += tl.load(part + at, mask=column < n, other=0.0)
+        tl.store(out_ptr + at, round_to(total, out_ptr.dtype.element_ty), mask=column < n)
+    elif FILL:
+        zeros = tl.zeros([BLOCK], tl.float32)
+        tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), mask=column < n)
 
 
 @triton.jit
@@ -166,6 +198,12 @@ def matmul_shape(n: int, c: int, inner: int, outer: int, x_width: int, *, itemsi
     } | tiles(n, c, inner, itemsize)
 
 
+def split(programs: int, shape: dict[str, int]) -> int:
+    """Parts of a sum that ``programs`` tiles of a row would leave to too few multiprocessors."""
+    steps = shape["INNER"] * triton.cdiv(shape["C"], shape["BLOCK_C"])
+    return triton.cdiv(steps, triton.cdiv(steps, max(1, PROGRAMS // programs)))
+
+
 def outer_shape(m: int, n: int, p_width: int, q_width: int, groups: int, *, itemsize: int) -> dict:
     """Compile-time sizes of a sum over tokens of m x n products."""
     return {
@@ -192,16 +230,23 @@ def _matmul(
     """out = base + scale x w^T on the rows with an adapter."""
     adapters, outer, inner, *sides = w.shape
     n, c = sides[::-1] if flipped else sides
-    shape = matmul_shape(n, c, inner, outer, x.shape[2], itemsize=x.element_size())
-    grid = (
-        outer * triton.cdiv(n, shape["BLOCK_N"]),
-        triton.cdiv(x.shape[1], shape["BLOCK_T"]),
-        x.shape[0],
-    )
-    _segmented_matmul_kernel[grid](
-        x, w, base, out, rows, float(scale), x.shape[1], adapters, *w.stride()[:3],
-        FLIPPED=flipped, FILL=fill, num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
+    rows_, tokens, width = x.shape
+    shape = matmul_shape(n, c, inner, outer, width, itemsize=x.element_size())
+    tiles_n = outer * triton.cdiv(n, shape["BLOCK_N"])
+    tiles_t = triton.cdiv(tokens, shape["BLOCK_T"])
+    splits = 1 if base is not None else split(tiles_n * tiles_t, shape)
+    parts = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    _segmented_matmul_kernel[(tiles_n, tiles_t * splits, rows_)](
+        x, w, base, parts, rows, float(scale), tokens, adapters, *w.stride()[:3],
+        FLIPPED=flipped, FILL=fill and splits == 1, SPLITS=splits,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
     )  # fmt: skip
+    if splits > 1:
+        n = tokens * out.shape[2]
+        _sum_splits_kernel[(triton.cdiv(n, SUM_BLOCK), rows_)](
+            parts, out, rows, adapters, n, FILL=fill, SPLITS=splits, BLOCK=SUM_BLOCK,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -223,7 +268,7 @@ def _shrink(x: Tensor, a: Tensor, rows: Tensor, *, fill: bool) -> Tensor:
 
 
 def segmented_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, scale: float) -> None:
-    """Two launches, y in place.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Two launches, or three, y in place.  Inputs are already validated by ``mfd_fast.ops``."""
     if y.numel() == 0:
         return
     hidden = _shrink(x, a, rows, fill=False)
@@ -233,7 +278,7 @@ def segmented_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, sc
 def segmented_lora(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Two launches: (out, hidden)."""
+    """Two launches, or three: (out, hidden)."""
     out = torch.empty_like(y)
     if y.numel() == 0:
         return out, x.new_zeros((*x.shape[:2], a.shape[1] * a.shape[2]))
@@ -264,44 +309,3 @@ def segmented_lora_backward(
     _outer(grad_hidden, x, grad_a, rows, 1.0)
     _outer(grad, hidden, grad_b, rows, scale)
     return grad_x, grad_a, grad_b
-
-
-def _matmul_case(x: str, w: str, *sizes: int, flipped: bool, base: bool) -> CompileCase:
-    constexprs = matmul_shape(*sizes, itemsize=4 if x == "fp32" else 2)
-    constexprs |= {"FLIPPED": flipped, "FILL": base} | ({} if base else {"base_ptr": None})
-    integers = ("tokens", "adapters", "w_adapter", "w_outer", "w_inner")
-    signature = {"x_ptr": f"*{x}", "w_ptr": f"*{w}", "base_ptr": f"*{x}", "out_ptr": f"*{x}"}
-    signature |= {"rows_ptr": "*i32", "scale": "fp32"} | dict.fromkeys(integers, "i32")
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return CompileCase(_segmented_matmul_kernel, signature, constexprs, NUM_WARPS, NUM_STAGES)
-
-
-def _outer_case(x: str, w: str, m: int, n: int, p_width: int, q_width: int) -> CompileCase:
-    constexprs = outer_shape(m, n, p_width, q_width, 3, itemsize=4 if x == "fp32" else 2)
-    signature = {"p_ptr": f"*{x}", "q_ptr": f"*{x}", "out_ptr": f"*{w}", "rows_ptr": "*i32"}
-    signature |= {"scale": "fp32"} | dict.fromkeys(("num_rows", "tokens"), "i32")
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return CompileCase(_segmented_outer_kernel, signature, constexprs, NUM_WARPS, NUM_STAGES)
-
-
-def _cases(x: str, w: str, rank: int) -> tuple[CompileCase, ...]:
-    """Shrink, expand, dh, dx, dA and dB of SANA's fused q, k, v."""
-    c, narrow, wide = 2240, 3 * rank, 3 * 2240
-    return (
-        _matmul_case(x, w, rank, c, 1, 3, c, flipped=False, base=False),
-        _matmul_case(x, w, c, rank, 1, 3, narrow, flipped=False, base=True),
-        _matmul_case(x, w, rank, c, 1, 3, wide, flipped=True, base=False),
-        _matmul_case(x, w, c, rank, 3, 1, narrow, flipped=True, base=False),
-        _outer_case(x, w, rank, c, narrow, c),
-        _outer_case(x, w, c, rank, wide, narrow),
-    )
-
-
-COMPILE_CASES: tuple[CompileCase, ...] = (
-    *_cases("bf16", "bf16", 64),
-    *_cases("bf16", "fp32", 64),
-    *_cases("fp16", "fp16", 64),
-    *_cases("fp32", "fp32", 64),
-    *_cases("bf16", "bf16", 4),
-    *_cases("bf16", "bf16", 256),
-)

@@ -51,13 +51,19 @@ def _reference_backward(grad, x, weight, bias, in_bias, height, width, with_conv
 
 
 _forward = define(
-    OP, f"({_ARGS}) -> Tensor", fake=_fake, reference=reference.glu_depthwise, is_compiled=True
+    OP,
+    f"({_ARGS}) -> Tensor",
+    fake=_fake,
+    reference=reference.glu_depthwise,
+    triton=f"{OP}:{OP}",
+    is_compiled=True,
 )
 _gradients = define(
     f"_{OP}_backward",
     f"(Tensor grad, {_ARGS}, bool with_conv) -> (Tensor grad_x, Tensor grad_conv)",
     fake=_fake_backward,
     reference=_reference_backward,
+    triton=f"{OP}:{OP}_backward",
     is_compiled=True,
 )
 

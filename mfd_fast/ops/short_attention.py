@@ -80,6 +80,7 @@ _forward = define(
     "(Tensor q, Tensor k, Tensor v, Tensor? bias, bool row_major, float scale) -> Tensor",
     fake=_fake,
     reference=_reference,
+    triton=f"{OP}:{OP}",
     is_compiled=True,
 )
 _backward_of = define(
@@ -88,6 +89,7 @@ _backward_of = define(
     "bool with_bias) -> (Tensor grad_qkv, Tensor grad_bias)",
     fake=_fake_backward,
     reference=_rounded_backward,
+    triton=f"{OP}:{OP}_backward",
     is_compiled=True,
 )
 # Runs the operator above on every device.

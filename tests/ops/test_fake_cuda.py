@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE_CUDA = ROOT / "tests/support/fake_cuda"
 TORCH = Path(torch.__file__).parent
 
-# Without nvcc these run plain PyTorch on a GPU: they have no Triton kernel.
-COMPILED_ONLY = {
+COMPILED = {
+    *("interpolate", "mfd_loss", "ode_step_"),
     *("glu_depthwise", "_glu_depthwise_backward"),
     *("short_attention", "_short_attention_backward"),
 }
-COMPILED = {"interpolate", "mfd_loss", "ode_step_", *COMPILED_ONLY}
 # model -> variant, with the extension or without
 RUNS = {
     "digits": [("fused", ""), ("captured", "compiled")],
@@ -94,8 +93,7 @@ def test_an_update_leaves_the_host_alone(traces, case):
 def test_an_update_runs_the_kernels_of_a_gpu(traces, case):
     compiled = COMPILED if case[2] else set()
     for name, ran in traces[case]["chosen"].items():
-        without_nvcc = "reference" if name in COMPILED_ONLY else "triton"
-        assert ran == ["compiled" if name in compiled else without_nvcc], name
+        assert ran == ["compiled" if name in compiled else "triton"], name
 
 
 def test_every_operator_is_in_one_of_the_updates(traces):

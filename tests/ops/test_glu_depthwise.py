@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mfd_fast.kernels import glu_depthwise as kernel
 from mfd_fast.ops import glu_depthwise, reference
 from mfd_fast.ops.glu_depthwise import _reference_backward
 from mfd_fast.testing.numerics import assert_as_accurate
@@ -62,6 +63,54 @@ def check(x, weight, bias, in_bias, grad, size):
 def test_operator_matches_float64(shape, has_in_bias, dtype, device):
     x, weight, bias, in_bias, grad = make_inputs(*shape, dtype, device)
     check(x, weight, bias, in_bias if has_in_bias else None, grad, shape[1:3])
+
+
+def assert_launchers_accurate(lanes, x, weight, bias, in_bias, grad, size):
+    """Output and gradients of the Triton launchers by the tolerance rule."""
+    tensors = (x, weight, bias, in_bias)
+    out = lanes.glu_depthwise(*tensors, *size)
+    eager = reference.glu_depthwise(*tensors, *size)
+    assert_as_accurate(out, eager, reference.glu_depthwise(*wide(tensors), *size))
+    ours = lanes.glu_depthwise_backward(grad, *tensors, *size, True)
+    eager = _reference_backward(grad, *tensors, *size, True)
+    exact = _reference_backward(grad.double(), *wide(tensors), *size, True)
+    for one, two, three in zip(ours, eager, exact, strict=True):
+        assert_as_accurate(one, two, three)
+    alone, none = lanes.glu_depthwise_backward(grad, *tensors, *size, False)
+    assert torch.equal(alone, ours[0]) and none.numel() == 0
+
+
+# Segments of one row; a whole image in one walk, in strips and tiles of channels; one pixel.
+@pytest.mark.parametrize(
+    ("shape", "scale", "schedulers"),
+    [((1, 3, 5, 3), 1.0, 528), ((1, 4, 7, 35), 30.0, 1), ((2, 1, 1, 3), 1e-20, 528)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_matches_float64(shape, scale, schedulers, dtype, triton_device, monkeypatch):
+    monkeypatch.setattr(kernel, "SCHEDULERS", schedulers)
+    *tensors, grad = make_inputs(*shape, dtype, triton_device, scale)
+    if scale == 30.0:
+        tensors[3] = None
+    assert_launchers_accurate(kernel, *tensors, grad, shape[1:3])
+
+
+@pytest.mark.parametrize("value", [1e15, -1e15, float("nan")])
+def test_triton_takes_extreme_values(value, triton_device):
+    *tensors, grad = make_inputs(1, 3, 5, 2, torch.bfloat16, triton_device)
+    tensors[0][0, 0, 1], tensors[0][0, 0, 3] = value, value  # a value and its gate
+    out = kernel.glu_depthwise(*tensors, 3, 5).view(3, 5, 2)
+    grad_x = kernel.glu_depthwise_backward(grad, *tensors, 3, 5, False)[0].view(3, 5, 4)
+    if value == value:
+        assert_launchers_accurate(kernel, *tensors, grad, (3, 5))
+    else:
+        assert out[:2, :2, 1].isnan().all() and grad_x[:3, :3, 1::2].isnan().all()
+    assert out[2].isfinite().all() and grad_x[:, 4:].isfinite().all()
+
+
+def test_triton_cuts_a_walk_only_where_schedulers_are_idle():
+    assert kernel.segment_rows(1, 32, 1) == 1
+    assert kernel.segment_rows(100 * kernel.SCHEDULERS, 32, 1) == 32
+    assert 32 % kernel.segment_rows(kernel.SCHEDULERS, 32, 1) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,6 +240,10 @@ def test_empty_batch(device):
     out = glu_depthwise(x.requires_grad_(), weight, bias, 3, 4, in_bias=in_bias)
     assert out.shape == grad.shape
     assert torch.autograd.grad(out, x, grad)[0].shape == x.shape
+    x = x.detach()
+    assert kernel.glu_depthwise(x, weight, bias, None, 3, 4).shape == grad.shape
+    gradients = kernel.glu_depthwise_backward(grad, x, weight, bias, None, 3, 4, True)
+    assert [gradient.shape for gradient in gradients] == [x.shape, x.shape]
 
 
 @pytest.mark.parametrize("has_in_bias", [False, True])

@@ -1,4 +1,4 @@
-"""The checks of test_linear_attention and test_segmented_lora fail for bugs planted in the kernels.
+"""The checks of the attentions, the adapters and the depthwise unit fail for planted bugs.
 
 As in test_planted_bugs: each bug is in the text of a Triton kernel, and the very check that the
 test file makes has to raise; an unchanged copy has to pass.
@@ -7,8 +7,10 @@ test file makes has to raise; an unchanged copy has to pass.
 from types import SimpleNamespace
 
 import pytest
+import test_glu_depthwise
 import test_linear_attention
 import test_segmented_lora
+import test_short_attention
 import torch
 from test_planted_bugs import load, with_room
 
@@ -35,6 +37,24 @@ BUGS = {
         "missing mask": ("tl.load(rows_ptr + row)\n", "tl.maximum(tl.load(rows_ptr + row), 0)\n"),
         "wrong stride": ("group * X_OUTER", "group * 0"),
         "rows of every adapter": ("if tl.load(rows_ptr + row) == adapter", "if row >= 0"),
+        "part of the sum left out": ("in tl.static_range(SPLITS)", "in tl.static_range(1)"),
+    },
+    "glu_depthwise": {
+        "wrong sign": ("(1.0 + x * (1.0", "(1.0 - x * (1.0"),
+        "missing mask": ("other=outside", "other=0.0"),
+        "wrong stride": ("y - 2) * width + first + n)", "y - 2) * width + first)"),
+        "filter not mirrored": ("2 - j if MIRRORED else j", "j"),
+        "filter upside down": ("taps[0][3 * ROW", "taps[0][3 * (2 - ROW)"),
+    },
+    "short_attention": {
+        "wrong sign": ("p * (dp - tl.sum", "p * (dp + tl.sum"),
+        "missing mask": ("tl.where(j < T, scores", "tl.where(j < TOKENS, scores"),
+        "wrong stride": (
+            "head * strides[0] + i * strides[1]",
+            "head * strides[0] + i * strides[2]",
+        ),
+        "merges exchanged": ("if row_major else", "if not row_major else"),
+        "gradients not scaled": ("dk = scale * dot", "dk = dot"),
     },
 }
 
@@ -58,7 +78,7 @@ def check_linear_attention_backward(kernel, device):
 
 
 def check_segmented_lora(kernel, device):
-    shape = (10, 20, 2, 18, 5, (-1, 1, 0))
+    shape = (10, 40, 2, 18, 5, (-1, 1, 0))  # two parts of the sum over 40
     y, x, a, b, rows = test_segmented_lora.make_inputs(shape, torch.float32, device)
     args = [with_room(y), with_room(x), with_room(a), with_room(b), rows]
     launchers = SimpleNamespace(**vars(kernel))
@@ -66,7 +86,21 @@ def check_segmented_lora(kernel, device):
     test_segmented_lora.assert_backward_accurate(launchers, args)
 
 
+def check_glu_depthwise(kernel, device):
+    kernel.SCHEDULERS = 1
+    *tensors, grad = test_glu_depthwise.make_inputs(1, 3, 4, 2, torch.float32, device)
+    tensors, grad = [with_room(t) for t in tensors], with_room(grad)
+    test_glu_depthwise.assert_launchers_accurate(kernel, *tensors, grad, (3, 4))
+
+
+def check_short_attention(kernel, device):
+    qkv, grad, bias = test_short_attention.make_inputs(3, 5, 3, 8, torch.float32, device)
+    test_short_attention.assert_launchers_accurate(kernel, qkv, grad, bias, False)
+
+
 CHECKS = {
+    "glu_depthwise": check_glu_depthwise,
+    "short_attention": check_short_attention,
     "linear_attention": check_linear_attention,
     "linear_attention_backward": check_linear_attention_backward,
     "segmented_lora": check_segmented_lora,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mfd_fast.kernels import short_attention as kernel
 from mfd_fast.ops import reference, short_attention, short_attention_qkv
 from mfd_fast.ops.short_attention import _rounded_backward
 from mfd_fast.testing.numerics import assert_as_accurate
@@ -60,6 +61,43 @@ def check(qkv, grad, bias, row_major):
 def test_operator_matches_float64(shape, has_bias, row_major, dtype, device):
     qkv, grad, bias = make_inputs(*shape, dtype, device)
     check(qkv, grad, bias if has_bias else None, row_major)
+
+
+def assert_launchers_accurate(lanes, qkv, grad, bias, row_major):
+    """Output and gradients of the Triton launchers by the tolerance rule."""
+    wide, scale = None if bias is None else bias.double(), qkv.shape[-1] ** -0.5
+    args = (*qkv.unbind(2), bias, row_major, scale)
+    ours = lanes.short_attention(*args), *lanes.short_attention_backward(grad, *args, True)
+    eager = with_gradients(call_reference, qkv, bias, row_major, grad)
+    exact = with_gradients(call_reference, qkv.double(), wide, row_major, grad.double())
+    for one, two, three in zip(ours[: len(eager)], eager, exact, strict=True):
+        assert_as_accurate(one, two, three)
+    alone, none = lanes.short_attention_backward(grad, *args, False)
+    assert torch.equal(alone, ours[1]) and none.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_major", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 12, 8, 8), *SHAPES[3:6]])
+def test_triton_matches_float64(shape, has_bias, row_major, dtype, triton_device):
+    qkv, grad, bias = make_inputs(*shape, dtype, triton_device)
+    assert_launchers_accurate(kernel, qkv, grad, bias if has_bias else None, row_major)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 30.0])
+def test_triton_takes_extreme_values(scale, dtype, triton_device):
+    qkv, grad, bias = make_inputs(9, 12, 8, 16, dtype, triton_device, scale)
+    assert_launchers_accurate(kernel, qkv, grad, bias * scale, False)
+
+
+def test_triton_sums_the_gradient_of_the_bias_over_several_blocks(triton_device, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 5)  # 25 blocks of rows in 5 parts, 11 of them empty
+    shape = kernel.launch_shape(3, 8, 4, 4)
+    rows = 25 * shape["PAIRS"] // shape["BLOCK_H"]
+    qkv, grad, bias = make_inputs(rows, 3, 8, 4, torch.float32, triton_device)
+    assert_launchers_accurate(kernel, qkv, grad, bias, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,6 +234,9 @@ def test_no_rows(has_bias, device):
     qkv, grad, bias = make_inputs(0, 12, 8, 16, torch.float32, device)
     out, grad_qkv, *grad_bias = with_gradients(call, qkv, bias if has_bias else None, True, grad)
     assert out.shape == (0, 12, 128) and grad_qkv.shape == qkv.shape
+    args = (*qkv.detach().unbind(2), None, True, 0.25)
+    assert kernel.short_attention(*args).shape == out.shape
+    assert not kernel.short_attention_backward(grad, *args, True)[1].any()
     assert not any(g.any() for g in grad_bias)
 
 
