@@ -67,7 +67,7 @@ def main(updates: int = 50, batch: int = 64, ckpt_path: str | None = None, **opt
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = lightning.Trainer(max_steps=updates, **(quiet | options))
     trainer.fit(module, loader, ckpt_path=ckpt_path)
-    return module.distiller.student_network()  # mfd: a copy with the averaged weights
+    return module.distiller.student_network()  # mfd: a copy with the EMA weights
 
 
 if __name__ == "__main__":

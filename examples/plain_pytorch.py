@@ -44,7 +44,7 @@ def main(updates: int = 200) -> nn.Module:
 
     samples = distiller.generate(torch.randn(8, 2), torch.randn(8, 4))  # mfd
     print("eight one-step samples:", samples)
-    student = distiller.student_network()  # mfd: a copy with the averaged weights
+    student = distiller.student_network()  # mfd: a copy with the EMA weights
     save_model(student, "student.safetensors")
     return student
 

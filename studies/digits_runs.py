@@ -55,7 +55,7 @@ def yardstick(num_samples: int, guidance: float) -> Yardstick:
 
 
 def measured(distiller: Distiller, num_samples: int) -> dict[str, float]:
-    """Frechet distances, precision, recall and accuracy of the student's averaged weights."""
+    """Frechet distances, precision, recall and accuracy of the student's EMA weights."""
     row = yardstick(num_samples, distiller.config.guidance).row("student", distiller.generate)
     return {key: value for key, value in row.items() if isinstance(value, float)}
 

@@ -365,7 +365,7 @@ def buffers_of(backbone: Backbone, roles: tuple[str, ...]) -> dict[str, list[Ten
 
 @contextmanager
 def swapped(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Inside the block ``parameters`` hold ``values`` (the averaged weights); restored after it."""
+    """Inside the block ``parameters`` hold ``values`` (the EMA weights); restored after it."""
     saved = [parameter.detach().clone() for parameter in parameters]
     targets = [parameter.data for parameter in parameters]
     torch._foreach_copy_(targets, values)

@@ -90,7 +90,7 @@ class Batch:
     fields: the networks under the batch's condition.  data: samples of the data ``[B, *S]``, None
     for an objective that needs none.  noise(): fresh standard normal ``[B, *S]``.  host: generator
     of the times, on the CPU.  update: student updates done so far.  averaged(): inside this block
-    the student holds its averaged weights, if an average is kept.
+    the student holds its EMA weights, if an average is kept.
     """
 
     fields: Fields

@@ -102,7 +102,7 @@ FEATURES: dict[str, Callable[..., Features]] = {
 
 
 def few_samples(num: int, size: int, k: int = 3) -> list[str]:
-    """What ``num`` samples with features of ``size`` numbers cannot tell: nothing, or a sentence.
+    """What ``num`` samples with features of ``size`` values cannot tell: nothing, or a sentence.
 
     A covariance of N samples has rank N - 1 at most, so with N <= size the Frechet distance
     compares two that are singular; and balls that reach the k-th of a few neighbours cover
@@ -116,8 +116,8 @@ def few_samples(num: int, size: int, k: int = 3) -> list[str]:
     if num > size:
         return []
     return [
-        f"{num} samples are fewer than the {size} numbers of a feature: the Frechet distances are "
-        "mostly noise, and recall near 1 means nothing; compare with --num-eval-samples "
+        f"{num} samples are fewer than the {size} components of a feature: the Frechet distances "
+        "are mostly noise, and recall near 1 means nothing; compare with --num-eval-samples "
         f"{10 * size} (mfd-fast evaluate RUN --num-samples {10 * size})"
     ]
 

@@ -93,7 +93,7 @@ class ImageTask(Task):
     def check(self) -> dict[str, str]:
         size = sum(parameter.numel() for parameter in self.teacher.parameters())
         name = self.config.teacher or "packaged with mfd-fast"
-        return {"teacher": f"{name}, {size:,} numbers", **self.files(), **pictures()}
+        return {"teacher": f"{name}, {size:,} parameters", **self.files(), **pictures()}
 
     def backbone(self) -> CopiedBackbone:
         return full_copies(self.teacher, self.config.distill, self.null_cond)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mfd_fast.baselines.objectives import needs_of
 from mfd_fast.run.config import RunConfig
-from mfd_fast.run.maker import described
+from mfd_fast.run.maker import capture_summary
 
 
 def show(rows: Mapping[str, Any], title: str) -> None:
@@ -36,7 +36,7 @@ def plan_of(config: RunConfig, out: Path, device: Any) -> dict[str, str]:
         "student": f"{steps} of {distill.student_solver}",
         "cycle": f"{aux}{distill.student_updates} student updates",
         "run": f"{train.updates} student updates of {train.batch_size} samples",
-        "step": f"{described(config, device.type)}, activations {train.activation}",
+        "step": f"{capture_summary(config, device.type)}, activations {train.activation}",
         "checkpoints": f"{every}, the last {train.keep_last} kept",
         "folder": str(out),
     }
@@ -56,8 +56,8 @@ def device_of(device: Any, num_ranks: int = 1) -> str:
 
 
 def trained_of(backbone: Any) -> str:
-    """How many numbers each role trains."""
+    """Parameters that each role trains."""
     counts = {
         role: sum(p.numel() for p in backbone.parameters_of(role)) for role in ("aux", "student")
     }
-    return f"{counts['student']:,} numbers of the student, {counts['aux']:,} of the auxiliary"
+    return f"{counts['student']:,} parameters of the student, {counts['aux']:,} of the auxiliary"

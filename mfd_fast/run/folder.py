@@ -53,7 +53,7 @@ class RunFolder:
                 "with --out, continue that run with --resume, or move it away"
             )
         run = cls(path)
-        with run._told_where():
+        with run._as_value_error():
             run._take_lock()
             run.write_config(config)
         return run
@@ -75,7 +75,7 @@ class RunFolder:
                     "changed. Choose the run's folder with --out"
                 )
         run = cls(path)
-        with run._told_where():
+        with run._as_value_error():
             run._take_lock()
         return run
 
@@ -154,7 +154,7 @@ class RunFolder:
             self._lock = None
 
     @contextmanager
-    def _told_where(self) -> Iterator[None]:
+    def _as_value_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

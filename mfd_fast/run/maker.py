@@ -50,7 +50,7 @@ def run_is_captured(config: RunConfig, device: str) -> bool:
     return is_captured(config.train.capture, config.distill, device, is_sharded=is_sharded)
 
 
-def described(config: RunConfig, device: str) -> str:
+def capture_summary(config: RunConfig, device: str) -> str:
     """How the updates of a run go, and why, for the table of its start."""
     setting = f"train.capture {config.train.capture}"
     if run_is_captured(config, device):

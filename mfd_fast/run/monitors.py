@@ -22,7 +22,7 @@ MAX_AUX_LAG = 0.5
 MAX_OF_USUAL = 10.0
 
 
-class Skipping(ValueError):  # noqa: N818  (read as a reason)
+class TooManySkippedUpdates(ValueError):  # noqa: N818
     """Too many updates in a row were not finite."""
 
 
@@ -150,9 +150,9 @@ class Monitors:
 
 
 def check_skips(row: Row, limit: int) -> None:
-    """``Skipping`` if the last ``limit`` updates of a role were all skipped."""
+    """``TooManySkippedUpdates`` if the last ``limit`` updates of a role were all skipped."""
     if row["skipped_in_a_row"] >= limit:
-        raise Skipping(
+        raise TooManySkippedUpdates(
             f"the last {row['skipped_in_a_row']:.0f} updates of a role had gradients that are not "
             f"finite and were skipped (train.max_skipped_in_a_row {limit}); nothing is learned. "
             "Resume an earlier checkpoint with a lower learning rate (--resume PATH "

@@ -162,7 +162,7 @@ class _Session:
                     warn=self.warn,
                 )
             except Stopped as stopped:
-                raise Stopped(stopped.signum, self._farewell(stopped)) from None
+                raise Stopped(stopped.signum, self._how_to_resume(stopped)) from None
 
     def _bar(self, done: int) -> tqdm:
         return tqdm(
@@ -255,7 +255,7 @@ class _Session:
         }
         show(facts, f"{self.config.preset}, done")
 
-    def _farewell(self, stop: Stopped) -> str:
+    def _how_to_resume(self, stop: Stopped) -> str:
         """Where a stopped run is, and how to go on."""
         return f"{stop}; {self._next_command()}"
 

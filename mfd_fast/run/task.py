@@ -95,7 +95,7 @@ class Task:
         raise ValueError(f"{self.config.preset} draws no samples; set train.preview_every 0")
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
-        """Write the student (averaged weights if kept) as safetensors."""
+        """Write the student (EMA weights if kept) as safetensors."""
         weights = distiller.student_network().state_dict()
         save_file({name: x.contiguous() for name, x in weights.items()}, path)
 

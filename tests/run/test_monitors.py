@@ -10,7 +10,7 @@ from small_runs import make_distiller, next_cond
 from mfd_fast.run import monitors
 from mfd_fast.run.config import TrainConfig
 from mfd_fast.run.loop import Progress, train
-from mfd_fast.run.monitors import USUAL, Monitors, Skipping
+from mfd_fast.run.monitors import USUAL, Monitors, TooManySkippedUpdates
 
 CALM = {
     "saturation": 0.0, "aux_lag": 0.1, "distance": 1.0, "aux_grad_norm": 1.0,
@@ -116,7 +116,9 @@ def poisoned(first, last):
 def test_a_run_that_only_skips_is_stopped_with_advice():
     config = TrainConfig(updates=100, log_every=1, max_skipped_in_a_row=4)
     distiller = make_distiller()
-    with pytest.raises(Skipping, match=r"the last 4 updates of a role had gradients .*loss_scale"):
+    with pytest.raises(
+        TooManySkippedUpdates, match=r"the last 4 updates of a role had gradients .*loss_scale"
+    ):
         train(distiller, poisoned(6, 10**6), config)
     assert distiller.num_updates == {"aux": 8, "student": 4}  # read after every student update
     parameters = distiller.backbone.parameters_of("student")

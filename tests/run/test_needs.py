@@ -211,11 +211,11 @@ def test_few_samples_are_warned_of_where_the_covariance_is_singular(tmp_path, ca
     with pytest.raises(ValueError, match="num_eval_samples must be above 3"):
         few_samples(3, size)
     assert distil("digits", tmp_path / "r", "--dry-run") == 0
-    assert "4 samples are fewer than the 64 numbers" in words(capsys)
+    assert "4 samples are fewer than the 64 components" in words(capsys)
     assert distil("digits", tmp_path / "r") == 0
-    assert "4 samples are fewer than the 64 numbers" in words(capsys)
+    assert "4 samples are fewer than the 64 components" in words(capsys)
     assert cli.main(["evaluate", str(tmp_path / "r"), "--num-samples", "5"]) == 0
-    assert "5 samples are fewer than the 64 numbers" in words(capsys)
+    assert "5 samples are fewer than the 64 components" in words(capsys)
 
 
 # Facts about the installation.

@@ -58,7 +58,7 @@ def advice():
     row = dict.fromkeys(("saturation", "aux_lag", *monitors.USUAL), 1.0)
     sentences = monitors.complaints(row, dict.fromkeys(row, 0.0)).values()
     assert len(sentences) == len(row)
-    with pytest.raises(monitors.Skipping) as skipping:
+    with pytest.raises(monitors.TooManySkippedUpdates) as skipping:
         monitors.check_skips({"skipped_in_a_row": 9.0}, 3)
     guide = (ROOT / "docs/troubleshooting.md").read_text()
     section = guide.split("## The student diverges")[1].split("##")[0]

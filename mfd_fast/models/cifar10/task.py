@@ -53,7 +53,7 @@ class Cifar10Task(ImageTask):
         if self.uses_data or settings.features != "none":
             found["data"] = f"{settings.data}, {len(self._images())} images"
         if settings.features != "none":
-            found["features"] = f"{settings.features}, {self._features.size} numbers"
+            found["features"] = f"{settings.features}, {self._features.size} components"
         return found
 
     def data(self) -> str:

@@ -3,7 +3,7 @@
     mfd-fast pretrain cifar10 --data DIR --out FOLDER
 
 The paper gives no recipe (D.1); the defaults are close to what flow matching is usually run with on
-CIFAR-10: uniform times, batch 128, learning rate 2e-4 after a warm-up, flips, averaged weights.
+CIFAR-10: uniform times, batch 128, learning rate 2e-4 after a warm-up, flips, EMA weights.
 """
 
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ class PretrainConfig(FitConfig):
 def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, Any]:
     """Train teacher and classifier and measure the teacher at 50, 10, 5, 2 and 1 steps.
 
-    Writes ``teacher.safetensors`` (averaged weights), ``classifier.safetensors`` and
+    Writes ``teacher.safetensors`` (EMA weights), ``classifier.safetensors`` and
     ``metrics.json`` into ``out_dir`` and returns the content of the last.
 
     Raises:

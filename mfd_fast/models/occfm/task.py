@@ -87,7 +87,7 @@ class OccfmTask(Task):
         if self.settings.vae3d:
             load_vae3d(self.settings.vae3d)
         return {
-            "teacher": f"{self.teacher_file}, {size:,} numbers",
+            "teacher": f"{self.teacher_file}, {size:,} parameters",
             "decoder": str(self.vae_file),
             "windows": f"{self.store}, {len(self.training):,} to train on, "
             f"{len(self._windows('validation')):,} to evaluate",

@@ -186,7 +186,7 @@ def test_what_does_not_continue_a_store_is_refused(write, prompts, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"holds a store with other .*{what}"):
             write(**options)
-    with pytest.raises(ValueError, match="other numbers for the empty prompt"):
+    with pytest.raises(ValueError, match="other embeddings for the empty prompt"):
         write(encoder=FakeEncoder(seed=1))
     assert content(store.path) == before
     with pytest.raises(ValueError, match="holds other files"):

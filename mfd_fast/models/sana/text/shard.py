@@ -29,7 +29,7 @@ def writing(path: Path, *, owner: bytes, dim: int) -> Iterator[Callable[[Tensor,
     """Gives what appends embeddings ``[B, L, dim]`` with a mask ``[B, L]`` bool, real tokens first,
     to the file, which appears when all went well.
 
-    ``ValueError`` for another dim, a mask with gaps, or numbers that are not finite.
+    ``ValueError`` for another dim, a mask with gaps, or values that are not finite.
     """
     checksum, lengths = blake2b(digest_size=CHECKSUM_BYTES), []
 
@@ -48,7 +48,7 @@ def writing(path: Path, *, owner: bytes, dim: int) -> Iterator[Callable[[Tensor,
         tokens = text[mask].to("cpu", torch.bfloat16)
         if not tokens.isfinite().all():
             raise ValueError(
-                "the text encoder gave numbers that are not finite; use another --dtype"
+                "the text encoder gave values that are not finite; use another --dtype"
             )
         write(tokens.view(torch.int16).numpy().astype("<i2", copy=False).tobytes())
         lengths.append(sizes.cpu().numpy().astype("<i4"))
@@ -94,6 +94,6 @@ def verify_shard(path: Path) -> None:
 
 
 def map_tokens(path: Path, dim: int) -> np.ndarray:
-    """The file as rows of ``dim`` numbers, bit for bit bfloat16; read when they are looked at."""
+    """The file as rows of ``dim`` values, bit for bit bfloat16; read when they are looked at."""
     rows = path.stat().st_size // (TOKEN_BYTES * dim)  # the trailer may fill some of the last
     return np.memmap(path, dtype="<i2", mode="r", shape=(rows, dim))

@@ -39,7 +39,7 @@ class TextEncoder(Protocol):
     """What turns prompts into embeddings."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the numbers, as JSON: checkpoint, template, ...; ``"dim"`` is needed."""
+        """What decides the embeddings, as JSON: checkpoint, template, ...; ``"dim"`` is needed."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def write_text_store(
         shard_size: prompts in one file; at most these are encoded again after an interruption.
         progress: called with the number of prompts done since its last call.
 
-    ``ValueError`` if the folder holds something else, or the encoder gives other numbers now.
+    ``ValueError`` if the folder holds something else, or the encoder gives other embeddings now.
     """
     path = Path(path)
     header = _sealed(
@@ -283,6 +283,6 @@ def _write_null(path: Path, header: dict[str, Any], null: Tensor) -> None:
     ours = null.to("cpu", torch.bfloat16).view(torch.int16).numpy()
     if not np.array_equal(there, ours):
         raise ValueError(
-            f"{path} was begun by an encoder that gives other numbers for the empty prompt (other "
-            "weights, device or version); use that one, or choose another folder with --out"
+            f"{path} was begun by an encoder that gives other embeddings for the empty prompt "
+            "(other weights, device or version); use that one, or choose another folder with --out"
         )
