@@ -58,7 +58,7 @@ def waterfall_section() -> str:
         text.append(
             f"{made(path, result)}; interval {config['interval']}, h = "
             f"{config['step']}, {config['repeats']} timed update(s) a row; a cycle is {aux} "
-            f"auxiliary and {student} student updates; a large product reaches "
+            f"auxiliary and {student} student updates; a large matmul reaches "
             f"{config['rates']['tflops']} TFLOP/s here."
         )
     return "\n\n".join(text)
@@ -230,8 +230,43 @@ def published_section(estimates: list[dict]) -> str:
     return "\n\n".join([markdown(head, rows), text, caption])
 
 
+def operators_section() -> str:
+    """Every compiled CPU operator against eager PyTorch at its first large fp32 shapes."""
+    rows, first = [], None
+    for path in sorted(RESULTS.glob("*_cpu.json")):
+        result = json.loads(path.read_text())
+        if not (ROOT / f"csrc/cpu/{result.get('op')}.h").is_file():
+            continue  # a study, or an operator whose CPU implementation is the reference
+        first = first or result
+        eager = {
+            (row["shape"], row["dtype"]): row["us"]
+            for row in result["rows"]
+            if row["impl"] == "eager"
+        }
+        for row in result["rows"]:
+            if row["impl"] == "ours" and row["dtype"] == "float32":
+                spread = f"{row['us']:.0f} ({row['us_p10']:.0f}-{row['us_p90']:.0f})"
+                rows.append(
+                    [f"`{result['op']}`, {row['shape']}",
+                     f"{eager[row['shape'], row['dtype']]:.0f}", spread,
+                     f"{row['speedup']:.2f}x", f"{row['copy_fraction']:.0%}"]
+                )  # fmt: skip
+    head = ["operator, shape, fp32", "eager us", "ours us (p10-p90)", "speed-up", "of copy"]
+    return "\n\n".join(
+        [
+            "## Operators on a CPU",
+            "The C++ kernels against eager PyTorch; the other operators run the PyTorch reference "
+            "there. Over 100 % of the copy bandwidth means that the data were in cache.",
+            markdown(head, rows),
+            f"`python -m bench NAME --out bench/results` on {first['device']}, "
+            f"{first['threads']} thread(s), torch {first['torch']}.",
+        ]
+    )
+
+
 SECTIONS: list[Callable[[], str]] = [
     literal_section,
+    operators_section,
     waterfall_section,
     occfm_section,
     roofline_section,

@@ -1,9 +1,8 @@
 """Renders the README's tables from the committed result files, and nothing else."""
 
-import json
 import re
 
-from bench.results import RESULTS, markdown, read
+from bench.results import markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
 from mfd_fast.run.environment import ROOT
 
@@ -32,36 +31,7 @@ def digits_table() -> str:
     return f"{markdown(['sampler', *(c[0] for c in columns)], rows)}\n\n{caption}"
 
 
-def operator_table() -> str:
-    """Every compiled CPU operator against eager PyTorch at its first large fp32 shape."""
-    rows, facts = [], None
-    for path in sorted(RESULTS.glob("*_cpu.json")):
-        result = json.loads(path.read_text())
-        if not (ROOT / f"csrc/cpu/{result.get('op')}.h").is_file():
-            continue  # a study, or an operator whose CPU implementation is the reference
-        facts = facts or result
-        for row in result["rows"]:
-            if row["impl"] != "ours" or row["dtype"] != "float32":
-                continue
-            eager = next(
-                r["us"]
-                for r in result["rows"]
-                if r["impl"] == "eager" and (r["shape"], r["dtype"]) == (row["shape"], row["dtype"])
-            )
-            spread = f"{row['us']:.0f} ({row['us_p10']:.0f}-{row['us_p90']:.0f})"
-            rows.append(
-                [f"`{result['op']}`, {row['shape']}", f"{eager:.0f}", spread,
-                 f"{row['speedup']:.2f}x", f"{row['copy_fraction']:.0%}"]
-            )  # fmt: skip
-    head = ["operator, shape, fp32", "eager us", "ours us (p10-p90)", "speed-up", "of copy"]
-    caption = (
-        f"`python -m bench NAME --out bench/results` on {facts['device']}, "
-        f"{facts['threads']} threads, torch {facts['torch']}."
-    )
-    return f"{markdown(head, rows)}\n\n{caption}"
-
-
-TABLES = {"digits": digits_table, "operators": operator_table}
+TABLES = {"digits": digits_table}
 
 
 def render(text: str) -> str:

@@ -22,7 +22,7 @@ COLOURS = {
 }
 # Columns of the second table: title, key, scale, format; left out where no row has a number.
 DETAILS = (
-    ("of the product rate", "product_share", 100, "{:.0f}%"),
+    ("of matmul throughput", "product_share", 100, "{:.0f}%"),
     ("GFLOP", "gflop", 1, "{:.1f}"),
     ("operators", "operators", 1, "{:d}"),
     ("host reads", "host_reads", 1, "{:d}"),

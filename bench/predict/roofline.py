@@ -1,6 +1,6 @@
-"""This device's roofs, and where every measured operator stands under them.
+"""This device's roofline, and where every measured operator stands under it.
 
-The roofs are a large copy and large square products in every dtype the device multiplies.  The
+It is a large copy and large square matmuls in every dtype the device multiplies.  The
 picture's operators come from the result files of the same device; those that multiply stand in
 the left panel (operations a byte against operations a second), all in the right one (share of the
 copy).
@@ -25,7 +25,7 @@ FP8 = "float8_e4m3fn"
 
 
 def roofs(device: str) -> list[dict]:
-    """Rows of ``kind`` copy (GB/s) and product (TFLOP/s, by dtype)."""
+    """Rows of ``kind`` copy (GB/s) and matmul (TFLOP/s, by dtype)."""
     rows = [{"kind": "copy", "dtype": "uint8", "gb_s": round(copy_bandwidth(device) / 1e9, 2)}]
     for name, dtype in DTYPES[device].items():
         rate = matmul_flops(device, dtype)
@@ -37,7 +37,7 @@ def roofs(device: str) -> list[dict]:
 
 
 def _fp8_flops() -> float:
-    """Operations a second of a scaled product of 8-bit factors into bfloat16."""
+    """Operations a second of a scaled matmul of 8-bit factors into bfloat16."""
     side = MATMUL_SIDE["cuda"]
     a, b = (torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn) for _ in "ab")
     one = torch.ones((), device="cuda")
@@ -91,7 +91,7 @@ def _roofline(axis, copy: float, tops: dict, points: list[dict], colours: dict) 
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("operations a byte", fontsize=9)
-    axis.set_title("TFLOP/s; lines: copy and product roofs, o float32, ^ 16-bit",
+    axis.set_title("TFLOP/s; lines: copy and matmul rooflines, o float32, ^ 16-bit",
                    fontsize=9, loc="left")  # fmt: skip
     axis.legend(fontsize=7, frameon=False)
     axis.grid(alpha=0.3)
