@@ -42,8 +42,8 @@ from bench.updates.variants import (
     variants_of,
     working_dtype,
 )
-from mfd_fast.cost.devices import Device, Efficiency, calibrate, this_machine
-from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.devices import Device, Efficiency, Host, calibrate, this_machine
+from mfd_fast.cost.estimate import phase_of
 from mfd_fast.cost.profile import WAITS
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.phases import PhaseTimer
@@ -151,7 +151,7 @@ def _work_of(work: Work | None, rates: dict[str, float]) -> dict[str, Any]:
     if work is None:
         return {}
     device = Device("", rates["bf16_tflops"], rates["fp32_tflops"], 1e9 * rates["gb_s"], 0, 0, 0)
-    seconds = phase_seconds(work, device, Efficiency({}, 1.0, 0.0, ""))
+    seconds = phase_of(work, device, Efficiency({}, 1.0, Host(0.0, 0.0, ""), "")).device
     return {"at_rates": round(seconds, 7), "operators": round(work.num_ops)}
 
 
@@ -196,7 +196,7 @@ def rates_here(device: str) -> dict[str, float]:
         "bf16_tflops": round(here.bf16_tflops, 4),
         "fp32_tflops": round(here.fp32_tflops, 4),
         "gb_s": round(here.bandwidth / 1e9, 2),
-        "host_us": round(calibrate(here, device).host_seconds * 1e6, 3),
+        "host_us": round(calibrate(here, device).host.low * 1e6, 3),
     }
 
 

@@ -42,8 +42,9 @@ def estimate(
     peak_tflops: Rate = None,
     bandwidth: Rate = None,
     memory: Rate = None,
+    scaling: bool = False,
 ) -> None:
-    """Print time, memory, energy and communication of a preset on a device, before it starts.
+    """Print predicted time, memory and energy of a preset on a device, before it starts.
 
     Example: mfd-fast estimate sana-1.6b --gpu rtx4090
 
@@ -55,6 +56,7 @@ def estimate(
         peak_tflops: Of 16-bit dense matmuls: another GPU, or in place of the data sheet's.
         bandwidth: Of its memory, GB/s.
         memory: Its size, GB.
+        scaling: Also the work by kind of operator, and what up to 512 of the GPUs would bring.
     """
     from mfd_fast.cost import devices
     from mfd_fast.cost.devices import GB
@@ -69,7 +71,7 @@ def estimate(
     }
     device, efficiency = _device(gpu, typed, config)
     run = predict(config, device, efficiency, gpus=gpus)
-    print(text(run))
+    print(text(run, scaling=scaling))
     if gpu_named(gpu or "", devices.DEVICES) == devices.THIS_MACHINE:
         print(f"\n{_measured(config, run)}")
 

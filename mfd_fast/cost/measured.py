@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mfd_fast.cost.devices import Device, Efficiency, Fit, calibrate
+from mfd_fast.cost.devices import Device, Efficiency, Fit, Host, calibrate
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.phases import PhaseTimer
 from mfd_fast.run.environment import ROOT
@@ -60,7 +60,8 @@ def calibrated(
         )
         batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in rows}))
         source = f"{file}, {rows[0]['variant']}, batch {batches}"
-        return device, Efficiency({}, 1.0, 1e-6 * rates["host_us"], source, _fits(rows))
+        launch = 1e-6 * rates["host_us"]
+        return device, Efficiency({}, 1.0, Host(launch, launch, "measured"), source, _fits(rows))
     return None
 
 
