@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,7 +104,7 @@ def _device(
 ) -> tuple["Device", "Efficiency"]:
     """The device that was named or described, and what share of its rates a run reaches."""
     from mfd_fast.cost import devices
-    from mfd_fast.cost.measured import calibrated, efficiency_here
+    from mfd_fast.cost.measured import best_known, efficiency_here
     from mfd_fast.run.maker import run_is_captured
 
     if gpu is None:
@@ -116,7 +117,7 @@ def _device(
         device, is_captured = devices.device_named(name, **numbers), run_is_captured(config, "cuda")
         measured = None
         if not any(numbers.values()):
-            measured = calibrated(device, config.preset, is_captured=is_captured)
+            measured = best_known(device, config.preset, is_captured=is_captured)
         return measured or (device, devices.assumed(is_captured=is_captured))
     if any(numbers.values()):
         raise ValueError(
@@ -147,6 +148,37 @@ def built(config: RunConfig) -> "tuple[Distiller, Callable[[int], Any]]":
 
     task = config.task()
     return distiller_of(task, task.config, Ranks()), task.conditions()
+
+
+def calibrate() -> None:
+    """Measure this machine once, for every later estimate of it: at most two minutes.
+
+    Example: mfd-fast calibrate
+
+    Rates of a large product and copy, and what the host needs to launch an operator.
+    """
+    from mfd_fast.cost import own
+    from mfd_fast.cost.devices import here
+
+    path = own.measure(partial(_small, here()))
+    device, launches = own.read(path)
+    print(
+        f"{device.name}: {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
+        f"float32, {device.bandwidth / 1e9:.4g} GB/s"
+    )
+    for how, seconds in launches.items():
+        print(f"{seconds * 1e6:.3g} us an operator, {how}")
+    print(path)
+
+
+def _small(device: str, capture: str) -> "tuple[Distiller, Any]":
+    """A SANA of two narrow blocks with random weights, and a condition."""
+    from mfd_fast.models import preset
+    from mfd_fast.run.maker import make_distiller
+
+    model = preset("sana-tiny").shapes(device)
+    distiller = make_distiller(model.backbone, preset("sana-tiny").distill, capture=capture)
+    return distiller, model.cond(1)
 
 
 @of_preset
