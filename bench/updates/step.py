@@ -5,6 +5,7 @@
     published         the literal loop that also encodes its prompts and writes an image
     literal           diffusers + PEFT, one network call after another (``bench.updates.literal``)
     literal compiled  the same with its transformer under torch.compile
+    literal regional  the same with every block compiled by itself, as trainers do
     sequential        our engine on the network as its authors wrote it, one lane a call
     lane-packed       all lanes of an ODE step in one call
     prepared          our network: conditions prepared once, operators from PyTorch
@@ -18,7 +19,7 @@
 Every variant has the same interval and runs in a process of its own: updates of each role that are
 not counted, one whose operators are, then the timed ones.  Digits have no other network and no
 operators of their own; OccFM's ``sequential`` and ``lane-packed`` are on the network as specified.
-Without diffusers and peft SANA's first five are skipped by name.
+Without diffusers and peft SANA's first six are skipped by name.
 """
 
 import time
