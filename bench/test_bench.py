@@ -21,7 +21,7 @@ from mfd_fast.cost.devices import here
 OPTIONS = Options(here(), smoke=True)
 MODELS = ("digits", "sana-tiny", *(("sana-1.6b",) if OPTIONS.device == "cuda" else ()))
 # No small cases: text encoder and pictures, compilation; operators are chosen once a process.
-LEFT_OUT = ("published", "literal compiled", "prepared")
+LEFT_OUT = ("published", "literal compiled", "literal regional", "prepared")
 ROUNDS = {"cpu": 3, "cuda": 10}
 WARMUP = {"cpu": 1, "cuda": 5}  # updates that are not counted; on a GPU graphs are captured in them
 

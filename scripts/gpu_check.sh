@@ -76,7 +76,7 @@ run() {  # NAME EXPECTED LIMIT COMMAND...: seconds it should take, and may; neve
 
 # What differs in a dry run: the device, and how much there is to do.
 on="--device cuda" model=sana_1_6b preset=sana_1_6b built=$PWD/mfd_fast
-headline="literal|captured"
+headline="literal|literal regional|captured"
 cuda=(-DMFD_CUDA=ON "-DMFD_CUDA_ARCHS=$arch") only_say=()
 graphs=(-m gpu tests/distill/test_graphs.py) first=(-m gpu tests/backbones/test_float8.py)
 # Only files with a test for a GPU: others may import what this machine lacks.
@@ -110,7 +110,7 @@ step() {  # NAME EXPECTED LIMIT VARIANTS: cycles an hour, memory, launches, wait
   run "$1" "$2" "$3" "$python" -m bench "step_$model" $on $kept --only "$4" --out "$out"
 }
 
-stage_headline() { step headline 130 220 "^($headline)\$"; }
+stage_headline() { step headline 190 280 "^($headline)\$"; }
 stage_fused() { step fused 110 150 '^(fused|fp8)$'; }
 
 stage_tests() {

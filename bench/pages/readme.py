@@ -1,6 +1,7 @@
 """Renders the README's tables from the committed result files, and nothing else."""
 
 import re
+from collections.abc import Callable, Mapping
 
 from bench.results import markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
@@ -34,11 +35,11 @@ def digits_table() -> str:
 TABLES = {"digits": digits_table}
 
 
-def render(text: str) -> str:
-    """README text with every table between its markers made anew."""
-    for name, make in TABLES.items():
+def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """A page's text with every table between its markers made anew."""
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end table -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no markers for the {name} table"
+        assert pattern.search(text), f"the page has no markers for the {name} table"
         table = make()
         text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
     return text

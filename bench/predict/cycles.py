@@ -47,8 +47,9 @@ def estimated(config: RunConfig, cycles: int) -> tuple[list[dict], dict[str, str
     run = estimate(config, device, efficiency)
     taken = measured_phases(*ready(config), cycles=cycles)
     print(text(run), side_by_side(run, taken), sep="\n\n")
-    pairs = {name: (run.seconds.get(name, 0.0), seconds) for name, seconds in taken.items()}
-    pairs["cycle"] = (run.cycle_seconds, sum(taken.values()))
+    spans = {name: phase.seconds for name, phase in run.phases.items()}
+    pairs = {name: (spans[name].high if name in spans else 0.0, s) for name, s in taken.items()}
+    pairs["cycle"] = (run.cycle_seconds.high, sum(taken.values()))
     rows = [
         {
             "phase": name,

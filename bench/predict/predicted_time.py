@@ -15,7 +15,7 @@ from bench.running import Options, timed
 from bench.updates import networks
 from bench.updates.variants import SANA_SIZES, STEP, working_dtype
 from mfd_fast.cost import this_machine, trace_cycle
-from mfd_fast.cost.estimate import cycle_seconds
+from mfd_fast.cost.estimate import cycle_phases, total
 from mfd_fast.cost.measured import calibrated
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
@@ -110,9 +110,9 @@ def predicted(case: Case, device: str) -> tuple[dict[str, float], str]:
             f"step_{case.model.replace('-', '_').replace('.', '_')} --out bench/results"
         )
     cycle = trace_cycle(make_model(case, "meta"), case.config, case.batch)
-    seconds = cycle_seconds(cycle, *known)
+    phases = cycle_phases(cycle, *known)
     roles = {
-        role: sum(value for name, value in seconds.items() if name.startswith(role))
+        role: total(phase for name, phase in phases.items() if name.startswith(role)).high
         for role in ("aux", "student")
     }
     return roles, known[1].source

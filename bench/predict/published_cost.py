@@ -19,7 +19,7 @@ from bench.updates.sana_sizes import SIZES, Published
 from mfd_fast.cost import device_named, trace_cycle
 from mfd_fast.cost.cycle import expected_evaluations
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.estimate import phase_of
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.config import DistillConfig
@@ -94,14 +94,16 @@ def _interval(config: RunConfig, steps: int) -> DistillConfig:
 
 def row(name: str, times: float, work: Work) -> dict:
     """One part of the cycle."""
-    seconds = phase_seconds(work, device_named(GPU), assumed(is_captured=False))
+    phase = phase_of(work, device_named(GPU), assumed(is_captured=False))
     return {
         "part": name,
         "times": round(times, 2),
         "tflop": round(times * work.flops / 1e12, 2),
         "operators": round(times * work.num_ops),
         "gb": round(times * work.bytes / 1e9, 1),
-        "seconds": round(times * seconds, 3),
+        "device_seconds": round(times * phase.device, 3),
+        "seconds": round(times * phase.seconds.low, 3),
+        "seconds_high": round(times * phase.seconds.high, 3),
         "operators_once": round(work.num_ops),
     }
 

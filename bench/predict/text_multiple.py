@@ -14,8 +14,8 @@ import torch
 
 from bench.running import Options
 from mfd_fast.cost import device_named, estimate
-from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import Estimate, cycle_seconds
+from mfd_fast.cost.devices import Host, assumed
+from mfd_fast.cost.estimate import Estimate, cycle_phases
 from mfd_fast.distill.graphs import WARMUP_CALLS
 from mfd_fast.models import preset
 from mfd_fast.models.sana.text.encoder import MAX_LENGTH
@@ -38,10 +38,11 @@ def once(run: Estimate) -> float:
     """Seconds that a length costs once: warm-ups launched from Python, and the captures."""
     distill = run.config.distill
     updates = {"aux": distill.aux_updates, "student": distill.student_updates}
-    launches = replace(assumed(is_captured=False), host_seconds=LAUNCH_S)
-    eager = cycle_seconds(run.cycle, run.device, launches)
+    launches = replace(assumed(is_captured=False), host=Host(LAUNCH_S, LAUNCH_S, "from Python"))
+    eager = cycle_phases(run.cycle, run.device, launches)
     slower = {
-        name: (eager[name] - run.seconds[name]) / updates[name.split("/")[0]] for name in eager
+        name: (phase.seconds.low - run.phases[name].seconds.low) / updates[name.split("/")[0]]
+        for name, phase in eager.items()
     }
     launched = sum(
         LAUNCH_S * work.num_ops / updates[name.split("/")[0]]
@@ -60,7 +61,7 @@ def row(multiple: int, median: int) -> dict:
     shares: dict[int, float] = {}
     for length, part in zip(lengths, share.tolist(), strict=True):
         shares[length] = shares.get(length, 0.0) + part
-    cycle = sum(part * at(length).cycle_seconds for length, part in shares.items())
+    cycle = sum(part * at(length).cycle_seconds.low for length, part in shares.items())
     cycles = at(MAX_LENGTH).cycles
     come = {n: 1 - (1 - part) ** cycles for n, part in shares.items()}  # at all
     first = sum(part * once(at(n)) for n, part in come.items())

@@ -5,6 +5,7 @@
     published         the literal loop that also encodes its prompts and writes an image
     literal           diffusers + PEFT, one network call after another (``bench.updates.literal``)
     literal compiled  the same with its transformer under torch.compile
+    literal regional  the same with every block compiled by itself, as trainers do
     sequential        our engine on the network as its authors wrote it, one lane a call
     lane-packed       all lanes of an ODE step in one call
     prepared          our network: conditions prepared once, operators from PyTorch
@@ -18,7 +19,7 @@
 Every variant has the same interval and runs in a process of its own: updates of each role that are
 not counted, one whose operators are, then the timed ones.  Digits have no other network and no
 operators of their own; OccFM's ``sequential`` and ``lane-packed`` are on the network as specified.
-Without diffusers and peft SANA's first five are skipped by name.
+Without diffusers and peft SANA's first six are skipped by name.
 """
 
 import time
@@ -42,8 +43,8 @@ from bench.updates.variants import (
     variants_of,
     working_dtype,
 )
-from mfd_fast.cost.devices import Device, Efficiency, calibrate, this_machine
-from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.devices import Device, Efficiency, Host, calibrate, this_machine
+from mfd_fast.cost.estimate import phase_of
 from mfd_fast.cost.profile import WAITS
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.phases import PhaseTimer
@@ -151,7 +152,7 @@ def _work_of(work: Work | None, rates: dict[str, float]) -> dict[str, Any]:
     if work is None:
         return {}
     device = Device("", rates["bf16_tflops"], rates["fp32_tflops"], 1e9 * rates["gb_s"], 0, 0, 0)
-    seconds = phase_seconds(work, device, Efficiency({}, 1.0, 0.0, ""))
+    seconds = phase_of(work, device, Efficiency({}, 1.0, Host(0.0, 0.0, ""), "")).device
     return {"at_rates": round(seconds, 7), "operators": round(work.num_ops)}
 
 
@@ -196,7 +197,7 @@ def rates_here(device: str) -> dict[str, float]:
         "bf16_tflops": round(here.bf16_tflops, 4),
         "fp32_tflops": round(here.fp32_tflops, 4),
         "gb_s": round(here.bandwidth / 1e9, 2),
-        "host_us": round(calibrate(here, device).host_seconds * 1e6, 3),
+        "host_us": round(calibrate(here, device).host.low * 1e6, 3),
     }
 
 

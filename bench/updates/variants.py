@@ -26,11 +26,12 @@ from mfd_fast.flow.solvers import SolverTable, plan
 INTERVAL = (0.6, 0.4)  # ten steps of .02; the SANA preset's own draws ask for 8.6 on average
 STEP = 0.02
 SANA_SIZES = {"sana-tiny": "tiny", "sana-mini": "mini", "sana-1.6b": "1.6b"}
-# What every variant changes against the loop; the first seven each keep what is above them.
+# What every variant changes against the loop; the first eight each keep what is above them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "literal": {},
     "literal compiled": {},
+    "literal regional": {},
     "sequential": {},
     "lane-packed": {},
     "prepared": {},
@@ -44,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ab2": {"solver": "ab2", "step": 2 * STEP},
     "fp8": {"float8": True},
 }
-LITERAL = ("published", "literal", "literal compiled")
+LITERAL = ("published", "literal", "literal compiled", "literal regional")
 GENERIC = ("sequential", "lane-packed")  # on the network as its authors wrote it
 DIFFUSERS = (*LITERAL, *GENERIC)  # of a SANA: the variants that need diffusers and peft
 GPU_ONLY = ("captured", "batch 8", "fp8")
@@ -198,8 +199,21 @@ def _literal(model: str, variant: str, device: str) -> Loop:
             "aux": partial(published.aux_update, noise, GRID // 2),
             "student": partial(published.student_update, noise, interval),
         }
-    finish = loop.transformer.compile if variant == "literal compiled" else lambda: None
-    return Loop(updates, loop, {}, finish)
+    finish = {
+        "literal compiled": loop.transformer.compile,
+        "literal regional": partial(compile_blocks, loop.transformer),
+    }
+    return Loop(updates, loop, {}, finish.get(variant, lambda: None))
+
+
+def compile_blocks(transformer: nn.Module) -> int:
+    """Regional compilation: every block by itself, one graph for all; returns how many."""
+    from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
+
+    blocks = [one for one in transformer.modules() if isinstance(one, SanaTransformerBlock)]
+    for block in blocks:
+        block.compile()
+    return len(blocks)
 
 
 def _digits(model: str, variant: str, device: str, batch: int) -> tuple[Backbone, Tensor]:

@@ -10,7 +10,8 @@ Which products: K terms, M rows and N outputs cost 2 M K N operations, and quant
 bytes.  An H100 (798 TFLOP/s of bf16 measured, fp8 taken as twice that, 3.0 TB/s) saves
 M K N / 798e12 seconds and spends 3 M K / 3.0e12, so N must be above 798; with fewer than
 798 / 3.0 = 266 rows or terms a product waits for its weight or its result and not for its
-operations.  Not measured on a GPU.  Only products of tokens ``[R, T, K]``: what has one row a
+operations.  Not measured on a GPU: others' runs leave open 1.0 to 1.5 times as fast, most of it on
+consumer cards and from four samples on.  Only products of tokens ``[R, T, K]``: what has one row a
 sample or a time, ``[R, K]`` (time embeddings, tables of them), decides about all tokens and costs
 little.
 """

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "prepare": "data",
     "encode-prompts": "data",
     "estimate": "cost",
+    "calibrate": "cost",
     "profile": "cost",
     "compat": "run",
     "info": "cost",

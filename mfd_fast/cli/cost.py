@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,8 +43,9 @@ def estimate(
     peak_tflops: Rate = None,
     bandwidth: Rate = None,
     memory: Rate = None,
+    scaling: bool = False,
 ) -> None:
-    """Print time, memory, energy and communication of a preset on a device, before it starts.
+    """Print predicted time, memory and energy of a preset on a device, before it starts.
 
     Example: mfd-fast estimate sana-1.6b --gpu rtx4090
 
@@ -55,6 +57,7 @@ def estimate(
         peak_tflops: Of 16-bit dense matmuls: another GPU, or in place of the data sheet's.
         bandwidth: Of its memory, GB/s.
         memory: Its size, GB.
+        scaling: Also the work by kind of operator, and what up to 512 of the GPUs would bring.
     """
     from mfd_fast.cost import devices
     from mfd_fast.cost.devices import GB
@@ -69,7 +72,7 @@ def estimate(
     }
     device, efficiency = _device(gpu, typed, config)
     run = predict(config, device, efficiency, gpus=gpus)
-    print(text(run))
+    print(text(run, scaling=scaling))
     if gpu_named(gpu or "", devices.DEVICES) == devices.THIS_MACHINE:
         print(f"\n{_measured(config, run)}")
 
@@ -101,7 +104,7 @@ def _device(
 ) -> tuple["Device", "Efficiency"]:
     """The device that was named or described, and what share of its rates a run reaches."""
     from mfd_fast.cost import devices
-    from mfd_fast.cost.measured import calibrated, efficiency_here
+    from mfd_fast.cost.measured import best_known, efficiency_here
     from mfd_fast.run.maker import run_is_captured
 
     if gpu is None:
@@ -114,7 +117,7 @@ def _device(
         device, is_captured = devices.device_named(name, **numbers), run_is_captured(config, "cuda")
         measured = None
         if not any(numbers.values()):
-            measured = calibrated(device, config.preset, is_captured=is_captured)
+            measured = best_known(device, config.preset, is_captured=is_captured)
         return measured or (device, devices.assumed(is_captured=is_captured))
     if any(numbers.values()):
         raise ValueError(
@@ -145,6 +148,37 @@ def built(config: RunConfig) -> "tuple[Distiller, Callable[[int], Any]]":
 
     task = config.task()
     return distiller_of(task, task.config, Ranks()), task.conditions()
+
+
+def calibrate() -> None:
+    """Measure this machine once, for every later estimate of it: at most two minutes.
+
+    Example: mfd-fast calibrate
+
+    Rates of a large product and copy, and what the host needs to launch an operator.
+    """
+    from mfd_fast.cost import own
+    from mfd_fast.cost.devices import here
+
+    path = own.measure(partial(_small, here()))
+    device, launches = own.read(path)
+    print(
+        f"{device.name}: {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
+        f"float32, {device.bandwidth / 1e9:.4g} GB/s"
+    )
+    for how, seconds in launches.items():
+        print(f"{seconds * 1e6:.3g} us an operator, {how}")
+    print(path)
+
+
+def _small(device: str, capture: str) -> "tuple[Distiller, Any]":
+    """A SANA of two narrow blocks with random weights, and a condition."""
+    from mfd_fast.models import preset
+    from mfd_fast.run.maker import make_distiller
+
+    model = preset("sana-tiny").shapes(device)
+    distiller = make_distiller(model.backbone, preset("sana-tiny").distill, capture=capture)
+    return distiller, model.cond(1)
 
 
 @of_preset

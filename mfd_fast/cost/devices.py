@@ -53,39 +53,56 @@ class Fit(NamedTuple):
     host_seconds: float
 
 
+class Host(NamedTuple):
+    """Seconds in which the host launches an operator, at least and at most, and how it does."""
+
+    low: float
+    high: float
+    how: str
+
+
+# Launches in traces that others published (docs/cost.md, "What a launch costs"): eager, 31 us
+# between launches (vllm-omni PR 6516) to 850 ms for 20,000 (unsloth issue 10806).  Regions under
+# torch.compile, of the operators before: 243 and 157 ms a step of FLUX and Z-Image (unsloth PR
+# 6839), with blocks computed once or twice, which it does not say.  Replayed: 7.7 us with the
+# kernel (AiDotNet.Tensors PR 548); the least is assumed.
+EAGER = Host(31e-6, 42e-6, "launched from Python")
+COMPILED = Host(14e-6, 22e-6, "launched by regions under torch.compile")
+REPLAYED = Host(1.5e-6, 7.7e-6, "replayed as CUDA graphs")
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """The share of a device's rates that the operators of a run reach.
 
     shares: family -> share of the rate of products; bandwidth: share of the memory's.
-    host_seconds: what launching one operator costs; a phase is never faster than its launches.
+    host: what launching one operator costs; a phase is never faster than its launches.
     phases: phase, or the role of one -> what was measured of it; takes the place of the others.
+    hosts: every way to launch, ``host`` among them.
     """
 
     shares: dict[str, float]
     bandwidth: float
-    host_seconds: float
+    host: Host
     source: str
     phases: dict[str, Fit] = field(default_factory=dict)
+    hosts: tuple[Host, ...] = (EAGER, COMPILED, REPLAYED)
 
     def fit_of(self, phase: str) -> Fit | None:
         """What was measured of a phase, else of its role, else None."""
         return self.phases.get(phase, self.phases.get(phase.split("/")[0]))
 
 
-# Shares and launch costs for a GPU.  Nothing was measured on one: large products usually reach
-# 60 % of a data sheet, small and fused ones half of that, and a copy at least 75 % of the memory's
-# rate.
+# Shares for a GPU.  Nothing was measured on one: large products usually reach 60 % of a data sheet,
+# small and fused ones half of that, and a copy at least 75 % of the memory's rate.
 ASSUMED_SHARES = {"product": 0.6, "convolution": 0.3, "attention": 0.3, "adapter": 0.3}
 ASSUMED_BANDWIDTH = 0.75
-EAGER_LAUNCH_S = 8e-6
-REPLAYED_LAUNCH_S = 1.5e-6
 
 
 def assumed(*, is_captured: bool) -> Efficiency:
     """What is assumed of a GPU; ``is_captured``: launches are replayed, not made from Python."""
-    launch = REPLAYED_LAUNCH_S if is_captured else EAGER_LAUNCH_S
-    return Efficiency(ASSUMED_SHARES, ASSUMED_BANDWIDTH, launch, "assumed, not measured on a GPU")
+    host = REPLAYED if is_captured else EAGER
+    return Efficiency(ASSUMED_SHARES, ASSUMED_BANDWIDTH, host, "assumed, not measured on a GPU")
 
 
 # Dense products with float32 sums: half the data sheet's rate with sparsity, and on GeForce cards
@@ -191,7 +208,7 @@ def calibrate(device: Device, kind: str = "") -> Efficiency:
     launch = seconds_of(lambda: [x.add_(1.0) for _ in range(LAUNCHES)]) / LAUNCHES
     shares = dict.fromkeys(ASSUMED_SHARES, 1.0)
     source = f"all of what {device.name} reaches in large operators; launches measured here"
-    return Efficiency(shares, 1.0, launch, source)
+    return Efficiency(shares, 1.0, Host(launch, launch, "measured"), source)
 
 
 def matmul_flops(device: str, dtype: torch.dtype, side: int = 0) -> float:

@@ -1,16 +1,19 @@
 """Time, memory, energy and communication of a run on a device, from what a cycle does.
 
     seconds of an operator = max(operations / rate, bytes / bandwidth), each rate times its share
-    seconds of a phase     = max(sum over its operators, operators x launch)
+    device of a phase      = sum over its operators
+    host of a phase        = operators x launch, which others measured as a range
+    seconds of a phase     = max(host, device): launches are queued while the device works
     where it was measured  = sum over its operators / share + operators x host (``cost.measured``)
 
 Not counted: text encoding, decoding of images, evaluation, reading data.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from mfd_fast.backbones.activation import POLICIES
 from mfd_fast.cost.cycle import (
@@ -20,17 +23,75 @@ from mfd_fast.cost.cycle import (
     moment_bytes,
     trace_cycle,
 )
-from mfd_fast.cost.devices import Device, Efficiency
+from mfd_fast.cost.devices import COMPILED, EAGER, REPLAYED, Device, Efficiency
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.trace import Work
 from mfd_fast.run.config import RunConfig
-from mfd_fast.run.maker import run_is_captured
+from mfd_fast.run.maker import run_is_captured, why_eager
 
 CONTEXT_BYTES = 0.6e9  # CUDA context and libraries; assumed, not measured on a GPU
 GPUS_PER_MACHINE = 8
 NETWORK_BYTES_S = 50e9  # 400 Gbit/s a GPU between machines; assumed
 MESSAGE_SECONDS = 20e-6  # of one step of an all-reduce; assumed
 OPTIMIZERS = ("adamw", "adamw8bit")
+# How another way to launch is asked for.
+WAYS = {
+    EAGER.how: "--train.capture off",
+    COMPILED.how: "blocks under torch.compile (no setting)",
+    REPLAYED.how: "--train.capture on",
+}
+
+
+class Span(NamedTuple):
+    """At least and at most, in seconds or in hours."""
+
+    low: float
+    high: float
+
+    def times(self, factor: float, more: float = 0.0) -> "Span":
+        """Both times ``factor``, plus ``more``."""
+        return Span(self.low * factor + more, self.high * factor + more)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds of a phase: what launching it takes the host, and the work the device.
+
+    is_sum: they follow each other, as in what was measured of a CPU.
+    """
+
+    host: Span
+    device: float
+    is_sum: bool = False
+
+    @property
+    def seconds(self) -> Span:
+        """Of both together."""
+        if self.is_sum:
+            return self.host.times(1.0, self.device)
+        return Span(max(self.host.low, self.device), max(self.host.high, self.device))
+
+    @property
+    def bound(self) -> str:
+        """Which of the two decides: "host", "device", or "either" where the range has both."""
+        if self.host.low > self.device:
+            return "host"
+        return "device" if self.host.high <= self.device else "either"
+
+
+def total(phases: Iterable[Phase]) -> Span:
+    """Seconds of phases one after the other."""
+    spans = [phase.seconds for phase in phases]
+    return Span(sum(span.low for span in spans), sum(span.high for span in spans))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The same cycle another way: what a sample takes, and the memory."""
+
+    how: str
+    seconds: Span
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +101,7 @@ class Profile:
     activation: str
     optimizer: str
     batch: int
-    seconds: float
+    seconds: Span
     bytes: float
 
 
@@ -48,7 +109,9 @@ class Profile:
 class Estimate:
     """A run of ``config`` on ``gpus`` devices, ``cycle.batch`` samples an update on each.
 
-    seconds: of one cycle by phase; memory: bytes by component on one device.
+    phases: seconds of one cycle by phase; memory: bytes by component on one device.
+    choices: what launching in another way, or a doubled batch, would bring; none where it was
+        measured, or on a CPU.
     largest_batch: the most samples an update that fit; 0 if one does not.
     cheapest: the fastest of the profiles that fit at this batch, or None; smallest: the one that
     needs least.
@@ -59,16 +122,17 @@ class Estimate:
     efficiency: Efficiency
     gpus: int
     cycle: CycleCost
-    seconds: dict[str, float]
+    phases: dict[str, Phase]
     memory: dict[str, float]
+    choices: tuple[Choice, ...]
     largest_batch: int
     cheapest: Profile | None
     smallest: Profile
 
     @property
-    def cycle_seconds(self) -> float:
+    def cycle_seconds(self) -> Span:
         """One cycle without communication."""
-        return sum(self.seconds.values())
+        return total(self.phases.values())
 
     @property
     def cycles(self) -> float:
@@ -76,14 +140,14 @@ class Estimate:
         return self.config.train.updates / self.config.distill.student_updates
 
     @property
-    def hours(self) -> float:
+    def seconds(self) -> Span:
         """Of the whole run, communication included."""
-        return self.cycles * (self.cycle_seconds + self.communication(self.gpus)) / 3600
+        return self.cycle_seconds.times(self.cycles, self.cycles * self.communication(self.gpus))
 
     @property
     def kilowatt_hours(self) -> float:
         """At the power limit all the time: an upper bound."""
-        return self.hours * self.gpus * self.device.watts / 1000
+        return self.seconds.high / 3600 * self.gpus * self.device.watts / 1000
 
     def communication(self, gpus: int) -> float:
         """Seconds of a cycle that sum gradients over ``gpus`` devices, nothing hidden behind work.
@@ -132,32 +196,59 @@ def estimate(
         efficiency=efficiency,
         gpus=gpus,
         cycle=cycle,
-        seconds=cycle_seconds(cycle, device, efficiency),
+        phases=cycle_phases(cycle, device, efficiency),
         memory=here,
+        choices=_choices(config, cycle, double, device, efficiency),
         largest_batch=_largest_batch(device.memory, here, twice, batch),
         cheapest=next((p for p in profiles if p.bytes <= device.memory), None),
         smallest=min(profiles, key=lambda p: p.bytes),
     )
 
 
-def cycle_seconds(cycle: CycleCost, device: Device, efficiency: Efficiency) -> dict[str, float]:
+def cycle_phases(cycle: CycleCost, device: Device, efficiency: Efficiency) -> dict[str, Phase]:
     """phase -> seconds of a cycle."""
-    return {
-        name: phase_seconds(work, device, efficiency, name) for name, work in cycle.phases.items()
-    }
+    return {name: phase_of(work, device, efficiency, name) for name, work in cycle.phases.items()}
 
 
-def phase_seconds(work: Work, device: Device, efficiency: Efficiency, phase: str = "") -> float:
+def phase_of(work: Work, device: Device, efficiency: Efficiency, name: str = "") -> Phase:
     """Seconds of a phase's work."""
-    total = 0.0
+    working = 0.0
     for op, count in work.calls.items():
         share = efficiency.shares.get(op.family, efficiency.bandwidth)
         compute = op.flops / (device.flops(op.dtype) * share)
-        total += count * max(compute, op.bytes / (device.bandwidth * efficiency.bandwidth))
-    fit = efficiency.fit_of(phase)
+        working += count * max(compute, op.bytes / (device.bandwidth * efficiency.bandwidth))
+    fit = efficiency.fit_of(name)
     if fit is None:
-        return max(total, work.num_ops * efficiency.host_seconds)
-    return total / fit.share + work.num_ops * fit.host_seconds
+        host = Span(efficiency.host.low, efficiency.host.high)
+        return Phase(host.times(work.num_ops), working)
+    launching = work.num_ops * fit.host_seconds
+    return Phase(Span(launching, launching), working / fit.share, is_sum=True)
+
+
+def _choices(
+    config: RunConfig, cycle: CycleCost, double: CycleCost, device: Device, used: Efficiency
+) -> tuple[Choice, ...]:
+    """Every way to launch, where what it costs is assumed, and twice the batch."""
+    if used.phases or not device.is_gpu:
+        return ()
+    can_capture = not why_eager(config.distill, "cuda", is_sharded=config.train.shard == "fsdp")
+    ways = [
+        (WAYS[host.how], cycle, replace(used, host=host))
+        for host in used.hosts
+        if host != used.host and (can_capture or host.how != REPLAYED.how)
+    ]
+    return tuple(
+        Choice(
+            name,
+            total(cycle_phases(cost, device, way).values()).times(1 / cost.batch),
+            sum(_memory(cost, way).values()),
+        )
+        for name, cost, way in [*ways, (f"batch {double.batch}", double, used)]
+    )
+
+
+def _memory(cycle: CycleCost, way: Efficiency) -> dict[str, float]:
+    return memory_of(cycle, is_captured=way.host.how == REPLAYED.how, has_context=True)
 
 
 def memory_of(cycle: CycleCost, *, is_captured: bool, has_context: bool) -> dict[str, float]:
@@ -195,12 +286,12 @@ def _profiles(
     """Every activation policy with every kind of optimizer state."""
     profiles = []
     for policy, cycle in cycles.items():
-        seconds = sum(cycle_seconds(cycle, device, efficiency).values())
+        seconds = total(cycle_phases(cycle, device, efficiency).values())
         memory = memory_at(cycle)
         numbers = _trained_numbers(cycle)
         for kind in OPTIMIZERS:
-            total = sum(memory.values()) - memory["optimizer"] + numbers * moment_bytes(kind)
-            profiles.append(Profile(policy, kind, cycle.batch, seconds, total))
+            size = sum(memory.values()) - memory["optimizer"] + numbers * moment_bytes(kind)
+            profiles.append(Profile(policy, kind, cycle.batch, seconds, size))
     return profiles
 
 

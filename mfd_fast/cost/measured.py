@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from mfd_fast.cost.devices import Device, Efficiency, Fit, calibrate
+from mfd_fast.cost.devices import Device, Efficiency, Fit, Host, calibrate
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.phases import PhaseTimer
 from mfd_fast.run.environment import ROOT
 
-RESULTS = ROOT / "bench/results"
+PACKAGED = Path(__file__).parent / "results"  # bench/results, as an installed package has it
+RESULTS = PACKAGED if PACKAGED.is_dir() else ROOT / "bench/results"
 # Below this ratio of singular values the batches say the same, and the host's part is unknown.
 MIN_RANK = 0.02
 ENGINE = ("fused", "lane-packed")  # the most complete variant without graphs that was measured
@@ -60,26 +61,28 @@ def calibrated(
         )
         batches = ", ".join(str(batch) for batch in sorted({row["batch"] for row in rows}))
         source = f"{file}, {rows[0]['variant']}, batch {batches}"
-        return device, Efficiency({}, 1.0, 1e-6 * rates["host_us"], source, _fits(rows))
+        launch = 1e-6 * rates["host_us"]
+        return device, Efficiency({}, 1.0, Host(launch, launch, "measured"), source, _fits(rows))
     return None
 
 
 def efficiency_here(
     device: Device, preset: str, *, is_captured: bool = False
 ) -> tuple[Device, Efficiency]:
-    """:func:`calibrated` for the machine at hand; without a result, its rates themselves."""
-    known = calibrated(device, preset, is_captured=is_captured)
-    return known or (device, calibrate(device))
+    """What is known of the machine at hand: updates of the family, else its own calibration, else
+    the rates that were measured just now.
+    """
+    return best_known(device, preset, is_captured=is_captured) or (device, calibrate(device))
 
 
-def uncalibrated(used: Efficiency) -> str:
-    """What an estimate adds where measurements could not be looked up: a package has none."""
-    if used.phases or RESULTS.is_dir():
-        return ""
-    return (
-        "; uncalibrated: the measured updates that correct an estimate, bench/results, are in the "
-        "repository and not in an installed package"
-    )
+def best_known(
+    device: Device, preset: str, *, is_captured: bool
+) -> tuple[Device, Efficiency] | None:
+    """:func:`calibrated`, else what ``mfd-fast calibrate`` measured, else None."""
+    from mfd_fast.cost import own
+
+    found = calibrated(device, preset, is_captured=is_captured)
+    return found or own.known(device, is_captured=is_captured)
 
 
 def _results(device: Device, preset: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -101,9 +104,14 @@ def _results(device: Device, preset: str) -> list[tuple[Path, dict[str, Any]]]:
 def _is_of(name: str, result: dict[str, Any]) -> bool:
     if result["driver"] is None:  # taken on a CPU
         return name == f"{result['device']}, {result['threads']} threads"
-    words = re.findall(r"[a-z0-9]+", result["device"].lower())
+    return is_board(name, result["device"])
+
+
+def is_board(name: str, full: str) -> bool:
+    """Whether a name of ``DEVICES`` is the board of this full name, which has all its words."""
+    words = re.findall(r"[a-z0-9]+", full.lower())
     pairs = {first + second for first, second in pairwise(words)}  # rtx4090 is an "RTX 4090"
-    return name == result["device"] or set(name.split("-")) <= pairs.union(words)
+    return name == full or set(name.split("-")) <= pairs.union(words)
 
 
 def _engine(result: dict[str, Any], is_captured: bool) -> set[str]:

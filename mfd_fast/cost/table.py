@@ -1,32 +1,54 @@
 """An estimate as the text that ``mfd-fast estimate`` prints."""
 
+from mfd_fast.backbones.float8 import MIN_OUTPUTS
 from mfd_fast.cost.cycle import is_interval
-from mfd_fast.cost.devices import Efficiency
-from mfd_fast.cost.estimate import Estimate, Profile
-from mfd_fast.cost.measured import uncalibrated
+from mfd_fast.cost.devices import Device, Efficiency, Host
+from mfd_fast.cost.estimate import Estimate, Phase, Profile, Span
 from mfd_fast.cost.operators import FAMILIES
+from mfd_fast.cost.trace import Work
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Name, seconds, and up to how many of them it is taken.
+UNITS = (("s", 1, 120), ("min", 60, 120), ("h", 3600, 72), ("days", 86400, float("inf")))
 OVERHEAD = "Not counted: text encoding, decoding and writing images, evaluation, reading data."
 
 
-def text(run: Estimate) -> str:
-    """Everything: device, work and time by phase, memory, what fits, the run, more GPUs."""
-    parts = [_device(run), _phases(run), _families(run), _memory(run), _fit(run), _run(run)]
-    return "\n\n".join([*parts, _scaling(run), OVERHEAD])
+def text(run: Estimate, *, scaling: bool = False) -> str:
+    """One screen: device, time by phase, what would change it, memory, what fits, the run.
+
+    scaling: the work by family of operators and the table of more GPUs too.
+    """
+    parts = [_device(run), _phases(run)]
+    parts += [_choices(run)] if run.choices else []
+    parts += [f"{_memory(run)}\n{_fit(run)}"]
+    parts += [_families(run), _scaling(run)] if scaling else []
+    return "\n\n".join([*parts, f"{_run(run)}\n{OVERHEAD}"])
 
 
 def _device(run: Estimate) -> str:
     device, used = run.device, run.efficiency
     batch, together = run.cycle.batch, f" (train.batch_size {run.cycle.batch * run.gpus})"
-    return "\n".join(
-        [
-            f"{run.config.preset} on {run.gpus} x {device.name}, batch {batch} on each"
-            f"{together if run.gpus > 1 else ''}",
-            f"rates       {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
-            f"float32, {device.bandwidth / 1e9:.4g} GB/s ({device.source})",
-            f"efficiency  {_efficiency(used)} ({used.source}{uncalibrated(used)})",
-        ]
+    lines = [
+        f"{run.config.preset} on {run.gpus} x {device.name}, batch {batch} on each"
+        f"{together if run.gpus > 1 else ''}; all seconds are predicted",
+        f"rates       {device.bf16_tflops:.4g} TFLOP/s 16-bit, {device.fp32_tflops:.4g} "
+        f"float32, {device.bandwidth / 1e9:.4g} GB/s ({device.source})",
+        f"efficiency  {_efficiency(used)} ({used.source})",
+    ]
+    if run.config.train.float8:
+        lines.append(_float8(device, used))
+    if not used.phases:
+        lines.append(f"launches    {_microseconds(used.host)} an operator, {used.host.how}")
+    return "\n".join(lines)
+
+
+def _float8(device: Device, used: Efficiency) -> str:
+    """Quantising moves 3 bytes a term, N outputs save N operations of it at the 16-bit rate."""
+    rate = used.shares.get("product", 1.0) * device.bf16_tflops * 1e12
+    pays = 3 * rate / (device.bandwidth * used.bandwidth)
+    return (
+        f"float8      1.0-1.5x of a cycle, not measured on a GPU; pays from {pays:.0f} outputs of "
+        f"a product here, and those below {MIN_OUTPUTS} are left alone"
     )
 
 
@@ -37,18 +59,56 @@ def _efficiency(used: Efficiency) -> str:
             f"{used.phases[name].share:.0%} in updates of the {name}" for name in roles
         )
     shares = "".join(f"{name} {share:.0%}, " for name, share in used.shares.items())
-    least = f"at least {used.host_seconds * 1e6:.2g} us an operator"
-    return f"{shares}bandwidth {used.bandwidth:.0%}, {least}"
+    return f"{shares}bandwidth {used.bandwidth:.0%}"
+
+
+def _microseconds(host: Host) -> str:
+    return f"{_range(Span(host.low, host.high).times(1e6), '.2g')} us"
+
+
+def _range(span: Span, form: str = ".4g") -> str:
+    """Both ends, or one number where they look the same."""
+    low, high = f"{span.low:{form}}", f"{span.high:{form}}"
+    return low if low == high else f"{low}-{high}"
+
+
+def duration(span: Span) -> str:
+    """Seconds in the unit that a person would take."""
+    name, size, _ = next(unit for unit in UNITS if span.high < unit[2] * unit[1])
+    return f"{_range(span.times(1 / size), '.3g')} {name}"
 
 
 def _phases(run: Estimate) -> str:
     rows = [
-        _phase_row(name, work, run.seconds[name], run.cycle_seconds)
+        _phase_row(name, work, run.phases[name], run.cycle_seconds)
         for name, work in run.cycle.phases.items()
     ]
-    rows.append(_phase_row("cycle", run.cycle.total, run.cycle_seconds, run.cycle_seconds))
-    table = aligned(["phase", "TFLOP", "GB", "operators", "ms", "share"], rows)
-    return f"{_cycle(run)}\n{table}"
+    whole, work = run.cycle_seconds, run.cycle.total
+    rows.append(["cycle", *_work(work), "", "", _range(whole.times(1e3)), "", "100%"])
+    head = ["phase", "TFLOP", "GB", "operators", "host ms", "device ms", "ms", "bound", "share"]
+    return f"{_cycle(run)}\n{aligned(head, rows)}"
+
+
+def _work(work: Work) -> list[str]:
+    return [f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", f"{work.num_ops:.0f}"]
+
+
+def _phase_row(name: str, work: Work, phase: Phase, whole: Span) -> list[str]:
+    host, seconds = _range(phase.host.times(1e3), ".3g"), phase.seconds
+    return [name, *_work(work), host, f"{phase.device * 1e3:.4g}", _range(seconds.times(1e3)),
+            phase.bound, f"{seconds.high / whole.high:.0%}"]  # fmt: skip
+
+
+def _choices(run: Estimate) -> str:
+    here = run.cycle_seconds.times(1 / run.cycle.batch)
+    rows = [["as above", *_choice(here, here, sum(run.memory.values()))]]
+    rows += [[choice.how, *_choice(choice.seconds, here, choice.bytes)] for choice in run.choices]
+    return aligned(["a cycle, a sample", "ms", "of the above", "GB"], rows)
+
+
+def _choice(seconds: Span, here: Span, size: float) -> list[str]:
+    ratio = Span(*sorted((seconds.low / here.low, seconds.high / here.high)))
+    return [_range(seconds.times(1e3)), f"{_range(ratio, '.2f')}x", f"{size / 1e9:.3g}"]
 
 
 def _cycle(run: Estimate) -> str:
@@ -68,11 +128,6 @@ def _cycle(run: Estimate) -> str:
     )
 
 
-def _phase_row(name, work, seconds, total) -> list[str]:
-    return [name, f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", f"{work.num_ops:.0f}",
-            f"{seconds * 1e3:.4g}", f"{seconds / total:.1%}"]  # fmt: skip
-
-
 def _families(run: Estimate) -> str:
     parts = run.cycle.total.by_family()
     rows = [
@@ -84,9 +139,10 @@ def _families(run: Estimate) -> str:
 
 
 def _memory(run: Estimate) -> str:
-    rows = [[name, f"{size / 1e9:.3f}"] for name, size in run.memory.items() if size]
-    total = sum(run.memory.values())
-    return aligned(["memory", "GB"], [*rows, ["sum", f"{total / 1e9:.3f}"]])
+    parts = " + ".join(
+        f"{name} {size / 1e9:.3g}" for name, size in run.memory.items() if size > 5e6
+    )
+    return f"memory      {sum(run.memory.values()) / 1e9:.4g} GB: {parts}"
 
 
 def _fit(run: Estimate) -> str:
@@ -109,15 +165,18 @@ def _fit(run: Estimate) -> str:
 def _profile(profile: Profile) -> str:
     return (
         f"--train.activation {profile.activation} with {profile.optimizer} "
-        f"({profile.bytes / 1e9:.3g} GB, {profile.seconds * 1e3:.4g} ms a cycle)"
+        f"({profile.bytes / 1e9:.3g} GB, {_range(profile.seconds.times(1e3))} ms a cycle)"
     )
 
 
 def _run(run: Estimate) -> str:
     energy = f", at most {run.kilowatt_hours:.3g} kWh" if run.device.watts else ""
+    gpus = (
+        f", {_range(run.seconds.times(run.gpus / 3600), '.3g')} GPU hours" if run.gpus > 1 else ""
+    )
     return (
-        f"The run: {run.config.train.updates} student updates, {run.cycles:.0f} cycles, "
-        f"{run.hours:.3g} h, {run.hours * run.gpus:.3g} GPU hours{energy}."
+        f"The run: {run.config.train.updates} student updates in {run.cycles:.0f} cycles: "
+        f"{duration(run.seconds)}{gpus}{energy}."
     )
 
 
@@ -127,9 +186,10 @@ def _scaling(run: Estimate) -> str:
     rows, samples = [], run.cycle.batch * run.config.distill.student_updates
     for gpus in GPUS:
         waiting = run.communication(gpus)
-        total = run.cycle_seconds + waiting
-        rows.append([str(gpus), f"{waiting * 1e3:.3g}", f"{waiting / total:.1%}",
-                     f"{gpus * samples / total:.4g}"])  # fmt: skip
+        whole = run.cycle_seconds.times(1.0, waiting)
+        slow, fast = (gpus * samples / seconds for seconds in (whole.high, whole.low))
+        rows.append([str(gpus), f"{waiting * 1e3:.3g}", f"{waiting / whole.low:.1%}",
+                     _range(Span(slow, fast))])  # fmt: skip
     head = ["GPUs", "all-reduce ms a cycle", "share", "student samples/s"]
     student = run.cycle.gradients["student"] / 1e6
     caption = f"Gradients of one role, {student:.4g} MB, summed once an update (assumed links)"
@@ -139,14 +199,16 @@ def _scaling(run: Estimate) -> str:
 def side_by_side(run: Estimate, measured: dict[str, float]) -> str:
     """Predicted and measured milliseconds of a cycle by phase."""
     rows = [
-        _compared(name, run.seconds.get(name, 0.0), seconds) for name, seconds in measured.items()
+        _compared(name, run.phases[name].seconds if name in run.phases else Span(0, 0), seconds)
+        for name, seconds in measured.items()
     ]
     rows.append(_compared("cycle", run.cycle_seconds, sum(measured.values())))
     return aligned(["phase", "predicted ms", "measured ms", "predicted / measured"], rows)
 
 
-def _compared(name: str, predicted: float, measured: float) -> list[str]:
-    return [name, f"{predicted * 1e3:.4g}", f"{measured * 1e3:.4g}", f"{predicted / measured:.2f}"]
+def _compared(name: str, predicted: Span, measured: float) -> list[str]:
+    ratio = _range(predicted.times(1 / measured), ".2f")
+    return [name, _range(predicted.times(1e3)), f"{measured * 1e3:.4g}", ratio]
 
 
 def aligned(head: list[str], rows: list[list[str]]) -> str:

@@ -92,18 +92,25 @@ class Memory:
 _attention = F.scaled_dot_product_attention
 
 
-def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **_):
+def _fused_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """Softmax attention in one operator, as devices have it.
 
     On tensors without storage PyTorch's own choice is the unfused one, which would keep a matrix of
     scores for the backward.  So do devices where the caller turns the fused ones off, as for
     forward-mode derivatives, or where the numbers of a head are not neighbours in memory.
     """
-    is_fused = torch.backends.cuda.flash_sdp_enabled() and all(x.stride(-1) == 1 for x in (q, k, v))
-    if q.device.type != "meta" or not is_fused:
-        return _attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+    given = (query, key, value)
+    is_fused = torch.backends.cuda.flash_sdp_enabled() and all(x.stride(-1) == 1 for x in given)
+    if query.device.type != "meta" or not is_fused:
+        rest = {"scale": scale, "enable_gqa": enable_gqa}
+        return _attention(*given, attn_mask, dropout_p, is_causal, **rest)
+    if enable_gqa:  # a device shares the heads of keys and values, which here are made to be seen
+        shared = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(shared, dim=-3) for x in (key, value))
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 class Trace(TorchDispatchMode):

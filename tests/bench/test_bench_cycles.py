@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from bench.predict import cycles
 from bench.results import record
 from bench.running import Options
+from mfd_fast.cost.estimate import Phase, Span
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 
@@ -36,7 +37,8 @@ def result_of(tmp_path, what: str, name: str) -> dict:
 
 
 def test_an_estimate_is_set_beside_what_was_measured(monkeypatch, tmp_path):
-    run = SimpleNamespace(seconds={"aux/forward": 0.2}, cycle_seconds=0.3)
+    phases = {"aux/forward": Phase(Span(0.1, 0.1), 0.2)}
+    run = SimpleNamespace(phases=phases, cycle_seconds=Span(0.3, 0.3))
     monkeypatch.setattr(cycles, "estimate", lambda *_: run)
     monkeypatch.setattr(cycles, "ready", lambda config: (None, None))
     taken = {"aux/forward": 0.1, "student/finish": 0.4}

@@ -12,7 +12,7 @@ import torch
 
 from bench import harness, running
 from bench.__main__ import main
-from bench.pages import performance, waterfall
+from bench.pages import cost, performance, readme, waterfall
 from bench.predict import roofline
 from bench.results import RESULTS
 from bench.updates import networks, step, variants
@@ -37,6 +37,17 @@ def test_one_lane_a_call_gives_what_all_lanes_give():
         backbone.dtype = torch.float64
         exact = backbone.forward(x.double(), t, backbone.prepare(cond), lanes)
     assert_as_accurate(apart, packed, exact)
+
+
+def test_regional_compilation_takes_every_block_and_nothing_else(monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    loop = variants.make_loop("sana-tiny", "literal regional", "cpu")
+    assert not compiled  # its operators are counted first
+    assert loop.finish() == 2
+    assert [kind.__name__ for kind in compiled] == ["SanaTransformerBlock"] * 2
 
 
 @pytest.mark.parametrize("name", ["tiny", "mini"])
@@ -148,7 +159,10 @@ def test_on_a_gpu_what_follows_captured_is_captured():
 def test_without_diffusers_its_variants_are_skipped_by_name(monkeypatch, capsys):
     monkeypatch.setattr(variants, "find_spec", lambda name: None)
     assert variants.variants_of("sana-1.6b", "cuda")[0] == "prepared"
-    assert "skipped: published, literal, literal compiled, sequential" in capsys.readouterr().out
+    assert (
+        "skipped: published, literal, literal compiled, literal regional, sequential"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_variant_that_fails_is_named_and_the_others_stay(tmp_path, monkeypatch, capsys):
@@ -182,6 +196,8 @@ def test_what_runs_on_a_gpu_machine_needs_no_further_package():
 
 def test_the_page_is_what_the_results_say():
     assert performance.PAGE.read_text() == performance.render(), "run: python -m bench.pages"
+    guide = cost.PAGE.read_text()
+    assert guide == readme.render(guide, cost.TABLES), "run: python -m bench.pages"
     for path in performance.waterfalls():
         assert performance.picture_of(path).is_file()
 

@@ -24,11 +24,11 @@ from mfd_fast.cost.cycle import (
     expected_evaluations,
     weighted,
 )
-from mfd_fast.cost.devices import DEVICES, assumed
-from mfd_fast.cost.estimate import memory_of, phase_seconds
+from mfd_fast.cost.devices import COMPILED, DEVICES, EAGER, REPLAYED, assumed
+from mfd_fast.cost.estimate import Phase, Span, memory_of, phase_of
 from mfd_fast.cost.operators import MEMORY_BOUND, PRODUCTS
 from mfd_fast.cost.shapes import shapes_of
-from mfd_fast.cost.table import text
+from mfd_fast.cost.table import duration, text
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.objectives import make_objective
@@ -190,9 +190,9 @@ def test_communication_grows_with_the_gpus_and_is_in_the_run(digits_estimate):
     run, config, _ = digits_estimate
     waits = [run.communication(n) for n in (1, 2, 4, 8, 16, 512)]
     assert waits[0] == 0 and waits == sorted(waits)
-    assert run.hours * 3600 == pytest.approx(
-        config.train.updates * (run.cycle_seconds + run.communication(4))
-    )
+    for end in ("low", "high"):
+        cycle = getattr(run.cycle_seconds, end) + run.communication(4)
+        assert getattr(run.seconds, end) == pytest.approx(config.train.updates * cycle)
     with pytest.raises(ValueError, match="number of GPUs must be >= 1, got 0"):
         estimate(config, run.device, run.efficiency, gpus=0)
 
@@ -207,13 +207,50 @@ def test_captured_runs_keep_two_pools(digits_estimate):
     assert "CUDA context" in memory and "CUDA context" not in on_a_cpu
 
 
-def test_a_phase_is_never_faster_than_its_launches(digits_estimate):
+def test_a_phase_takes_what_the_slower_of_host_and_device_takes(digits_estimate):
     run, _, device = digits_estimate
     fast = replace(device, bf16_tflops=1e9, fp32_tflops=1e9, bandwidth=1e21)
+    slow = replace(device, bandwidth=1e6)
     for work in run.cycle.phases.values():
-        launches = work.num_ops * assumed(is_captured=False).host_seconds
-        assert phase_seconds(work, fast, assumed(is_captured=False)) == launches
-        assert phase_seconds(work, fast, assumed(is_captured=True)) < launches
+        hosts = {}
+        for host in (EAGER, COMPILED, REPLAYED):
+            used = replace(assumed(is_captured=False), host=host)
+            hosts[host] = phase_of(work, fast, used)
+            assert hosts[host].seconds == (work.num_ops * host.low, work.num_ops * host.high)
+            assert hosts[host].bound == "host"
+            busy = phase_of(work, slow, used)
+            assert busy.seconds == (busy.device, busy.device) and busy.bound == "device"
+        assert hosts[EAGER].seconds > hosts[COMPILED].seconds > hosts[REPLAYED].seconds
+    assert Phase(Span(1.0, 3.0), 2.0).bound == "either"
+    assert Phase(Span(1.0, 3.0), 2.0).seconds == (2.0, 3.0)
+    assert Phase(Span(1.0, 1.0), 2.0, is_sum=True).seconds == (3.0, 3.0)
+
+
+def test_what_capture_brings_lies_in_the_published_range_of_a_launch():
+    """SANA at batch 1 on an H100: the least and the most are the two ends' own."""
+    config = preset("sana-1.6b")
+    run = estimate(config, device_named("h100"), assumed(is_captured=True))
+    eager = next(choice for choice in run.choices if choice.how == "--train.capture off")
+    ends = [
+        sum(max(work.num_ops * us * 1e-6, run.phases[name].device) for name, work in parts)
+        for parts in [run.cycle.phases.items()]
+        for us in (31, 42)
+    ]
+    assert eager.seconds == pytest.approx(ends)
+    gain = eager.seconds.low / run.cycle_seconds.low
+    assert gain > 1.3 and run.cycle_seconds.low == run.cycle_seconds.high
+    printed = text(run)
+    assert len(printed.splitlines()) <= 40 and "512" not in printed
+    assert "a sample" in printed and "all-reduce" in text(run, scaling=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(95.0, "95 s"), (1830.0, "30.5 min"), (10000.0, "2.78 h"), (864000.0, "10 days")],
+)
+def test_a_duration_is_in_the_unit_that_one_would_say(seconds, shown):
+    assert duration(Span(seconds, seconds)) == shown
+    assert duration(Span(seconds / 2, seconds)).startswith(f"{float(shown.split()[0]) / 2:.3g}-")
 
 
 def test_phases_without_a_listener_cost_nothing_and_leave_no_trace():
@@ -229,8 +266,10 @@ def test_estimate_from_the_command_line(capsys):
     assert cli.main(["estimate", "digits", "--gpu", "a100", "--gpus", "8", "--batch", "32"]) == 0
     printed = capsys.readouterr().out
     for words in ("batch 32 on each", "assumed, not measured on a GPU", "vendor data sheet",
-                 "student/integrate", "It fits in 80 GB", "GPU hours", "all-reduce"):  # fmt: skip
+                 "student/integrate", "It fits in 80 GB", "GPU hours", "predicted"):  # fmt: skip
         assert words in printed
+    assert cli.main(["estimate", "digits", "--gpu", "a100", "--scaling"]) == 0
+    printed = capsys.readouterr().out
     assert len([line for line in printed.splitlines() if line.startswith("512 ")]) == 1
 
 
@@ -292,8 +331,11 @@ def test_float8_does_the_same_work_at_twice_the_rate():
     copies = rounded.persistent["tables"] - plain.persistent["tables"]
     assert 0.35 < copies / plain.persistent["weights"] < 0.5  # a byte for most of 2-byte weights
     device, efficiency = device_named("h100"), assumed(is_captured=True)
+    run = estimate(replace(config, train=replace(config.train, float8=True)), device, efficiency)
+    assert "1.0-1.5x of a cycle, not measured" in text(run) and "from 709 outputs" in text(run)
     for phase, is_faster in (("student/integrate", True), ("student/generate", False)):
-        ratio = phase_seconds(rounded.phases[phase], device, efficiency) / phase_seconds(
-            plain.phases[phase], device, efficiency
+        ratio = (
+            phase_of(rounded.phases[phase], device, efficiency).device
+            / phase_of(plain.phases[phase], device, efficiency).device
         )
         assert 0.5 < ratio < 0.8 if is_faster else ratio == 1.0

@@ -179,7 +179,7 @@ def test_memory_that_stays_is_that_of_what_is_trained(objective):
 
 @pytest.mark.parametrize("objective", COMPARED)
 def test_estimate_from_the_command_line(objective, capsys):
-    words = ["estimate", "digits", "--objective", objective, "--batch", "8"]
+    words = ["estimate", "digits", "--objective", objective, "--batch", "8", "--scaling"]
     assert cli.main([*words, "--distill.step-size", "0.25"]) == 0
     printed = capsys.readouterr().out
     updates = "1 student" if objective in ALONE else "5 auxiliary and 1 student"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mfd_fast.cost import device_named, measured
-from mfd_fast.cost.devices import Efficiency, Fit
-from mfd_fast.cost.estimate import phase_seconds
+from mfd_fast.cost.devices import Efficiency, Fit, Host
+from mfd_fast.cost.estimate import phase_of
 from mfd_fast.cost.measured import calibrated, efficiency_here, fit
 from mfd_fast.cost.table import _efficiency
 from mfd_fast.cost.trace import Op, Work
@@ -67,9 +67,9 @@ def test_a_fit_takes_the_place_of_assumed_shares():
     device = device_named("card", bf16_tflops=100.0, bandwidth=1e12, memory=1e9)
     at_rates = 0.02 + 9 * 1e-3
     fits = {"student": Fit(0.5, 1e-3), "student/integrate": Fit(0.25, 0.0)}
-    used = Efficiency({}, 1.0, 1e-6, "", fits)
+    used = Efficiency({}, 1.0, Host(1e-6, 1e-6, ""), "", fits)
     seconds = {
-        name: phase_seconds(work, device, used, name)
+        name: phase_of(work, device, used, name).seconds.low
         for name in ("student/integrate", "student/backward", "aux/generate")
     }
     assert seconds == {
@@ -116,7 +116,7 @@ def test_a_result_of_a_cpu_needs_its_threads(results):
     assert calibrated(replace(card, name="AMD EPYC, 2 threads"), "sana-1.6b") is not None
     for name, preset in (("AMD EPYC, 1 threads", "sana-1.6b"), ("AMD EPYC, 2 threads", "digits")):
         here, rates = efficiency_here(replace(card, name=name), preset)
-        assert here.bandwidth == 1e9 and rates.phases == {} and rates.host_seconds > 0
+        assert here.bandwidth == 1e9 and rates.phases == {} and rates.host.low > 0
 
 
 def test_captured_runs_are_predicted_from_captured_updates(results):

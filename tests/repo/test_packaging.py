@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT = shutil.ignore_patterns(
-    ".*", "build", "dist", "runs", "results", "*.egg-info", "*.so", "__pycache__"
-)
+LEFT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 OFFLINE = ["--no-index", "--no-deps"]
 TINY = ["--train.updates", "1", "--train.batch-size", "4", "--distill.aux-updates", "1",
@@ -68,7 +66,10 @@ def test_the_wheel_holds_every_module_and_what_they_read(installed):
     built = {name for name in files(installed) if name.endswith(".so")}
     assert len(built) == bool(shutil.which("c++"))
     kernels = {f"mfd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    results = {path.name for path in (ROOT / "bench/results").glob("step_*.json")}
     here = {name for name in files(ROOT) if not name.endswith(".so")} | kernels
+    assert results
+    here |= {f"mfd_fast/cost/results/{name}" for name in results}
     assert "mfd_fast/py.typed" in here and files(installed) - built == here
 
 
@@ -82,6 +83,18 @@ def test_the_installed_package_distils_digits(installed, tmp_path):
     must(run(*mfd_fast, "distill", "digits", "--out", "run", *TINY, cwd=tmp_path,
              PYTHONPATH=str(installed)))  # fmt: skip
     assert (tmp_path / "run/student.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_installed_package_knows_what_was_measured(installed, tmp_path):
+    """Estimates take the calibration of a device and family from the package itself."""
+    code = (
+        "from mfd_fast.cost.measured import RESULTS, calibrated; from mfd_fast.cost import Device; "
+        "cpu = Device('AMD EPYC, 2 threads', 1, 1, 1e9, 1e9, 0, 0, is_gpu=False); "
+        "print(RESULTS, calibrated(cpu, 'digits')[1].source)"
+    )
+    said = must(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)))
+    assert str(installed) in said and "step_digits_cpu.json" in said
 
 
 # What a build says that cannot succeed -------------------------------------------------------

@@ -11,8 +11,6 @@ import torch
 from small_runs import largest_file
 
 from mfd_fast import cli
-from mfd_fast.cost import measured
-from mfd_fast.cost.devices import assumed
 from mfd_fast.metrics.image_features import few_samples
 from mfd_fast.run import environment, trackers
 from mfd_fast.run import session as runner
@@ -235,16 +233,6 @@ def test_a_commit_is_only_that_of_the_package_itself(tmp_path, monkeypatch):
     assert environment.commit() == "abc"
     monkeypatch.setattr(environment, "ROOT", tmp_path / "foreign")
     assert len(environment.commit()) == 12
-
-
-def test_an_estimate_without_measurements_says_so(tmp_path, monkeypatch, capsys):
-    estimate = ["estimate", "digits", "--gpu", "h100"]
-    assert cli.main(estimate) == 0
-    assert "uncalibrated" not in words(capsys)
-    monkeypatch.setattr(measured, "RESULTS", tmp_path / "bench/results")
-    assert cli.main(estimate) == 0
-    assert "uncalibrated" in words(capsys)
-    assert measured.uncalibrated(assumed(is_captured=False))
 
 
 def test_results_are_written_whole(tmp_path):
