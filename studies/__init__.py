@@ -15,4 +15,5 @@ STUDIES: dict[str, str] = {
     "no-auxiliary": "no_auxiliary",
     "coverage": "coverage",
     "cost": "cost",
+    "evaluations": "evaluations",
 }
