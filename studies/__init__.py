@@ -16,4 +16,5 @@ STUDIES: dict[str, str] = {
     "coverage": "coverage",
     "cost": "cost",
     "evaluations": "evaluations",
+    "evaluations-occfm": "evaluations_occfm",
 }

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,10 @@ from torch import Generator
 
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost.cycle import evaluations_of_lane, forward_evaluations
-from mfd_fast.distill.config import DistillConfig, OptimConfig
+from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.files.whole import write_text
-from mfd_fast.models import preset
-from mfd_fast.models.occfm.data.classes import FREE, SPLITS
-from mfd_fast.models.occfm.data.store import convert_split
-from mfd_fast.models.occfm.data.synthetic import SyntheticConfig, write_synthetic
-from mfd_fast.models.occfm.evaluate import decoded
-from mfd_fast.models.occfm.loading import load_vae
-from mfd_fast.models.occfm.pretrain import (
-    TEACHER,
-    VAE,
-    TeacherPretrain,
-    VaePretrain,
-    cache_latents,
-    pretrain_teacher,
-    pretrain_vae,
-)
-from mfd_fast.models.occfm.scores import OccupancyCounts
-from mfd_fast.models.occfm.task import OccfmTask
-from mfd_fast.run.config import RunConfig, TrainConfig
+from mfd_fast.run.config import TrainConfig
 from mfd_fast.run.environment import commit
 from mfd_fast.run.loop import Progress, train
 from mfd_fast.run.maker import make_distiller
@@ -47,8 +30,7 @@ from studies.toys import sample_toy
 
 Quality = dict[str, float]
 
-DIGITS_SAMPLES, TOY_SAMPLES, WINDOWS, WINDOWS_AT_ONCE = 2000, 4000, 32, 8
-SCENES, GRID, VAE_UPDATES, TEACHER_UPDATES = 24, (40, 40, 4), 400, 450
+DIGITS_SAMPLES, TOY_SAMPLES = 2000, 4000
 
 
 @dataclass(frozen=True)
@@ -63,7 +45,7 @@ class Setting:
     by_need: bool = False
 
 
-def digits(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
+def digits(setting: Setting, seed: int) -> dict[str, Any]:
     """The digits preset: 400 updates of 64 samples."""
     config = digits_config(updates=400, seed=seed, **setting.overrides)
     task = config.task()
@@ -77,13 +59,16 @@ def of_digits(distiller: Distiller) -> Quality:
     return {"FD": found["frechet_to_teacher50"], "recall": found["recall"]}
 
 
-def toy(name: str, setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """A toy: 150 updates of 128 samples, Euler with h = .05, 5 : 1."""
+def toy(
+    name: str, setting: Setting, seed: int, *, batch: int = 128, updates: int = 150
+) -> dict[str, Any]:
+    """A toy: 150 updates of 128 samples if nothing else is said, Euler with h = .05, 5 : 1."""
     config = toy_config(seed=seed, **setting.overrides)
     objective = setting.objective and setting.objective(config)
     backbone = CopiedBackbone(toy_teacher(name), sample_shape=(2,))
     distiller = Distiller(backbone, config, objective=objective)
-    loop, cond = TrainConfig(updates=150, batch_size=128, device="cpu"), torch.empty(128, 0)
+    loop = TrainConfig(updates=updates, batch_size=batch, device="cpu")
+    cond = torch.empty(batch, 0)
     quality = partial(of_toy, name)
     if setting.by_need:
         need = ByNeed(config.aux_updates)
@@ -92,7 +77,8 @@ def toy(name: str, setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
         spent = {"aux/generate": need.made / need.cycles, "aux/forward": need.made / need.cycles}
         point = {"updates": loop.updates, **quality(distiller)}
         return {"evaluations": evaluations(config, loop.batch_size) | spent, "curve": [point]}
-    result = followed(distiller, lambda n: cond, loop, (50, 100, 150), quality)
+    points = (updates // 3, updates * 2 // 3, updates)
+    result = followed(distiller, lambda n: cond, loop, points, quality)
     if objective:
         lanes = len(objective.lanes)
         result["evaluations"]["student/integrate"] = lanes * objective.evaluations()
@@ -114,72 +100,11 @@ def exact_generator() -> Generator:
     return Generator().manual_seed(3)
 
 
-def occfm(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """OccFM on made-up scenes: 24 updates of 4 windows, Euler with h = .05, 5 : 1."""
-    task = OccfmTask(occfm_config(folder, seed, setting.overrides))
-    distiller = make_distiller(task.backbone(), task.config.distill, schedule=task.schedule())
-    quality = partial(of_occfm, task)
-    return followed(distiller, task.conditions(), task.config.train, (24,), quality)
-
-
-def occfm_config(folder: Path, seed: int, overrides: Mapping[str, Any]) -> RunConfig:
-    """``occfm-tiny`` on the files in ``folder``, with the learning rates of ``make occfm-demo``."""
-    base = preset("occfm-tiny")
-    files = occfm_files(folder / "occfm-files")
-    rates = {
-        f"{role}_optim": OptimConfig(lr=lr, weight_decay=0.0, warmup_updates=5)
-        for role, lr in (("student", 2e-4), ("aux", 5e-4))
-    }
-    settings = {"step_size": 0.05, "aux_updates": 5, "ema_decay": 0.9, "seed": seed, **rates}
-    return replace(
-        base,
-        teacher=str(files["teacher"]),
-        distill=replace(base.distill, **(settings | overrides)),
-        train=replace(base.train, updates=24, batch_size=4, device="cpu"),
-        occfm=replace(base.occfm, store=str(files["store"]), vae=str(files["vae"])),
-    )
-
-
-@cache
-def occfm_files(folder: Path) -> dict[str, Path]:
-    """Made-up scenes, a VAE and a teacher trained on them; made once."""
-    files = {"vae": folder / VAE, "teacher": folder / TEACHER, "store": folder / "store"}
-    if files["teacher"].exists():
-        return files
-    write_synthetic(folder / "data", SyntheticConfig(scenes=SCENES, grid=GRID, voxel=1.0))
-    for split in SPLITS:
-        convert_split(folder / "data", folder / "labels", split)
-    recipe = {"batch_size": 6, "lr": 3e-3, "warmup_updates": 20, "device": "cpu"}
-    labels = str(folder / "labels")
-    pretrain_vae(VaePretrain(store=labels, updates=VAE_UPDATES, **recipe), folder)
-    vae = load_vae(files["vae"])
-    for split in SPLITS:
-        cache_latents(folder / "data", split, vae)
-        convert_split(folder / "data", files["store"], split)
-    recipe |= {"batch_size": 8, "lr": 2e-3, "warmup_updates": 30, "ema_decay": 0.97}
-    store = str(files["store"])
-    pretrain_teacher(TeacherPretrain(store=store, updates=TEACHER_UPDATES, **recipe), folder)
-    return files
-
-
-def of_occfm(task: OccfmTask, distiller: Distiller) -> Quality:
-    """IoU and mIoU in percent, mean over the frames of validation windows."""
-    windows, scale = task.validation, task.teacher.config.latent_scale
-    rows = windows.spread(WINDOWS)
-    counts = OccupancyCounts(frames=windows.shape[0], free=FREE)
-    for start in range(0, len(rows), WINDOWS_AT_ONCE):
-        part = rows[start : start + WINDOWS_AT_ONCE]
-        latents = distiller.generate(windows.noise(part, 1), windows.cond(part)) / scale
-        counts.add(decoded(task.decoder, latents), windows.truth(part))
-    found = counts.scores().row()
-    return {"IoU": found["iou_mean_of_frames"], "mIoU": found["miou_mean_of_frames"]}
-
-
-PLACES: dict[str, Callable[[Setting, int, Path], dict[str, Any]]] = {
+PLACES: dict[str, Callable[[Setting, int], dict[str, Any]]] = {
     "digits": digits,
     "gaussian_mixture": partial(toy, "gaussian_mixture"),
     "two_moons": partial(toy, "two_moons"),
-    "occfm": occfm,
+    "two_moons, batch 1": partial(toy, "two_moons", batch=1, updates=300),
 }
 
 
@@ -210,11 +135,16 @@ def evaluations(config: DistillConfig, rows: int) -> dict[str, float]:
 
 
 def result_of(place: str, name: str, setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """A run's numbers: from its file, or made now and written there."""
+    """The numbers of one run of a place."""
     path = folder / f"{place}, {name}, seed {seed}.json"
+    return kept(path, seed, partial(PLACES[place], setting, seed))
+
+
+def kept(path: Path, seed: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A run's numbers: from its file, or made now and written there."""
     if path.is_file():
         return json.loads(path.read_text())
-    result = PLACES[place](setting, seed, folder) | {"seed": seed, "commit": commit()}
+    result = run() | {"seed": seed, "commit": commit()}
     write_text(path, json.dumps(result, indent=1) + "\n")
     print(f"{path.stem}: {result['curve'][-1]}", flush=True)
     return result

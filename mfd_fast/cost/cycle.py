@@ -143,7 +143,7 @@ def trace_cycle(model: Shapes, config: DistillConfig, batch: int) -> CycleCost:
     parts = config.micro_batches
     rows = batch // parts
     counts = Counter(expected_evaluations(config, rows))
-    evaluations = sum(n * count for n, count in counts.items()) / rows
+    evaluations = evaluations_of_lane(config, rows)
     counts[rows] -= 1.0  # the one that was traced
     steps = _trace_steps(distiller, model.cond(rows), share, config)
     phases[INTEGRATE].add(weighted(steps, counts), parts * config.student_updates)

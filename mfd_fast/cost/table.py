@@ -1,10 +1,11 @@
 """An estimate as the text that ``mfd-fast estimate`` prints."""
 
-from mfd_fast.cost.cycle import is_interval
+from mfd_fast.cost.cycle import evaluations_of_lane, forward_evaluations, is_interval
 from mfd_fast.cost.devices import Efficiency
 from mfd_fast.cost.estimate import Estimate, Profile
 from mfd_fast.cost.measured import uncalibrated
 from mfd_fast.cost.operators import FAMILIES
+from mfd_fast.run.config import with_fast
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 OVERHEAD = "Not counted: text encoding, decoding and writing images, evaluation, reading data."
@@ -13,6 +14,8 @@ OVERHEAD = "Not counted: text encoding, decoding and writing images, evaluation,
 def text(run: Estimate) -> str:
     """Everything: device, work and time by phase, memory, what fits, the run, more GPUs."""
     parts = [_device(run), _phases(run), _families(run), _memory(run), _fit(run), _run(run)]
+    if is_interval(run.config.distill):
+        parts.insert(2, _evaluations(run))
     return "\n\n".join([*parts, _scaling(run), OVERHEAD])
 
 
@@ -66,6 +69,18 @@ def _cycle(run: Estimate) -> str:
         f"{caption}; E[N] = {cycle.evaluations:.2f} evaluations a lane and sample, from the run's "
         f"own draws{times}"
     )
+
+
+def _evaluations(run: Estimate) -> str:
+    """Forward evaluations of a sample in a cycle by phase, as set and with --fast."""
+    rows = run.cycle.batch // run.config.distill.micro_batches
+    columns = [
+        forward_evaluations(distill, evaluations_of_lane(distill, rows))
+        for distill in (run.config.distill, with_fast(run.config).distill)
+    ]
+    table = [[phase, *(f"{column[phase]:.1f}" for column in columns)] for phase in columns[0]]
+    table.append(["cycle", *(f"{sum(column.values()):.1f}" for column in columns)])
+    return aligned(["evaluations a sample", "as set", "with --fast"], table)
 
 
 def _phase_row(name, work, seconds, total) -> list[str]:
