@@ -13,7 +13,6 @@ def page(document: dict[str, Any], link: str) -> str:
     figures = document["figures"]
     places = figures["places"]
     runs = [run for rows in places.values() for row in rows.values() for run in row["runs"]]
-    skipped = [f'"{name}"' for name in study.COMBINED if name not in places["digits"]]
     two = list(study.DECIDES)[1:]
     return TEMPLATE.read_text().format(
         name=link.rpartition("/")[2],
@@ -27,7 +26,6 @@ def page(document: dict[str, Any], link: str) -> str:
         toys=toy_table({place: places[place] for place in two}),
         single=toy_table({place: places[place] for place in places if place.endswith("batch 1")}),
         picture=f"{link.removesuffix('.json')}.png",
-        skipped=", ".join(skipped) or "none",
     )
 
 

@@ -17,6 +17,12 @@ The rule, written down before the first run:
 An interval that reaches zero does not prove equality: its worse end says what five seeds leave
 possible.  Nothing is repeated with other seeds, and no setting is added to ``COMBINED`` later; what
 is in it was chosen after a look at the toys with the seeds 100, 101 and 102, which count nowhere.
+
+Two more candidates were written down with it and dropped for lack of time when the digits had one
+seed: AB2 with the samples of four student updates (FD 2.14, recall .582; the preset 1.99 and .589)
+and AB2 with the student's samples and 3 auxiliary updates (not begun).  For the same reason the
+toys run no AB2 at h = .1, no DPM-Solver++ and no capped intervals, which are older settings.
+``two_moons, batch 1`` was added then and decides nothing.
 """
 
 import math
@@ -37,19 +43,10 @@ RULE = (
 NUM_SEEDS = 5
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 AB2 = {"solver": "ab2", "step_size": 0.2}
-COMBINED = {
-    "AB2, a cycle's samples": Setting(AB2 | {"aux_samples": "cycle"}),
-    "AB2, those of 4 student updates": Setting(AB2 | {"aux_samples": "student", "aux_kept": 4}),
-    "AB2, the student's samples, 3 updates": Setting(
-        AB2 | {"aux_samples": "student", "aux_updates": 3}
-    ),
-}
+COMBINED = {"AB2, a cycle's samples": Setting(AB2 | {"aux_samples": "cycle"})}
 ALONE = {
-    "AB2, h = .1": Setting({"solver": "ab2", "step_size": 0.1}),
     "AB2, h = .2": Setting(AB2),
-    "DPM-Solver++ 2M, h = .2": Setting({"solver": "dpmpp_2m", "step_size": 0.2}),
     "two AB2 steps, however long": Setting(objective=TwoNodes),
-    "intervals of at most .3": Setting({"max_interval": 0.3}),
     "2 updates of 4 draws": Setting({"aux_updates": 2, "aux_draws_per_sample": 4}),
     "a cycle's samples": Setting({"aux_samples": "cycle"}),
     "the student's samples": Setting({"aux_samples": "student"}),
@@ -143,8 +140,7 @@ def winner(places: dict[str, dict[str, Any]]) -> str | None:
     able = [
         name
         for name in COMBINED
-        if name in places["digits"]  # those that were run
-        and places["digits"][name]["share"] <= 0.5
+        if places["digits"][name]["share"] <= 0.5
         and all(decides(place, places[place][name]) for place in DECIDES)
     ]
     return min(able, key=lambda name: places["digits"][name]["evaluations"], default=None)

@@ -79,7 +79,7 @@ def _evaluations(run: Estimate) -> str:
         for distill in (run.config.distill, with_fast(run.config).distill)
     ]
     table = [[phase, *(f"{column[phase]:.1f}" for column in columns)] for phase in columns[0]]
-    table.append(["cycle", *(f"{sum(column.values()):.1f}" for column in columns)])
+    table.append(["together", *(f"{sum(column.values()):.1f}" for column in columns)])
     return aligned(["evaluations a sample", "as set", "with --fast"], table)
 
 
