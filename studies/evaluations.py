@@ -44,23 +44,23 @@ NUM_SEEDS = 5
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 AB2 = {"solver": "ab2", "step_size": 0.2}
 COMBINED = {"AB2, a cycle's samples": Setting(AB2 | {"aux_samples": "cycle"})}
+SHARED = "a cycle's samples"
 ALONE = {
     "AB2, h = .2": Setting(AB2),
     "two AB2 steps, however long": Setting(objective=TwoNodes),
     "2 updates of 4 draws": Setting({"aux_updates": 2, "aux_draws_per_sample": 4}),
-    "a cycle's samples": Setting({"aux_samples": "cycle"}),
+    SHARED: Setting({"aux_samples": "cycle"}),
     "the student's samples": Setting({"aux_samples": "student"}),
     "those of 4 student updates": Setting({"aux_samples": "student", "aux_kept": 4}),
     "updates by need": Setting(by_need=True),
     "3 intervals a trajectory": Setting(objective=SeveralEnds),
 }
-SHARING = ("2 updates of 4 draws", "a cycle's samples", "those of 4 student updates")
 PRESET = {"preset": Setting()}
 SETTINGS = {
     "digits": PRESET | COMBINED,
     "gaussian_mixture": PRESET | ALONE | COMBINED,
     "two_moons": PRESET | ALONE | COMBINED,
-    "two_moons, batch 1": PRESET | {name: ALONE[name] for name in SHARING} | COMBINED,
+    "two_moons, batch 1": PRESET | {SHARED: ALONE[SHARED]} | COMBINED,
 }
 LOWER_IS_BETTER = {
     "FD": True, "recall": False, "to teacher": True, "to data": True, "IoU": False, "mIoU": False,

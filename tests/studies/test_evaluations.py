@@ -1,5 +1,7 @@
 """The evaluations study: its statistics and rule by hand, and the savings that are tried there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gaussian import GaussianNetwork
@@ -8,6 +10,8 @@ from torch import Generator
 from mfd_fast import CopiedBackbone, DistillConfig
 from mfd_fast.distill.objectives import MeanFlowDistillation, time_pairs
 from mfd_fast.flow.solvers import plan
+from mfd_fast.models import preset
+from mfd_fast.run.config import with_fast
 from mfd_fast.testing.numerics import assert_as_accurate
 from studies import evaluation_page, evaluations
 from studies.savings import ByNeed, SeveralEnds, TwoNodes, smaller_times
@@ -128,6 +132,12 @@ def test_the_fewest_evaluations_that_hold_win(rows, winner, tmp_path, monkeypatc
     assert evaluations.judge(found).word == ("confirmed" if winner else "not confirmed")
     evaluations.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fast_is_what_the_study_combines():
+    (setting,) = evaluations.COMBINED.values()
+    base = preset("digits")
+    assert with_fast(base).distill == replace(base.distill, **setting.overrides)
 
 
 def test_a_quality_is_reached_between_two_points():
