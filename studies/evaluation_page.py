@@ -13,7 +13,7 @@ def page(document: dict[str, Any], link: str) -> str:
     figures = document["figures"]
     places = figures["places"]
     runs = [run for rows in places.values() for row in rows.values() for run in row["runs"]]
-    two = list(study.DECIDES)[1:]
+    two = sorted(list(study.DECIDES)[1:], key=lambda place: -len(places[place]))
     return TEMPLATE.read_text().format(
         name=link.rpartition("/")[2],
         link=link,
@@ -67,6 +67,9 @@ def toy_table(places: dict[str, dict[str, Any]]) -> str:
     for name in first:
         cells = [name, f"{first[name]['share']:.0%}"]
         for place, rows in places.items():
+            if name not in rows:
+                cells += ["not run", "", ""]
+                continue
             row = rows[name]
             word = "" if name == "preset" else verdict(place, row)
             cells += [f"{1000 * row['quality']['to teacher']:.2f}",
