@@ -16,5 +16,6 @@ STUDIES: dict[str, str] = {
     "coverage": "coverage",
     "cost": "cost",
     "evaluations": "evaluations",
+    "evaluations-toys": "evaluations_toys",
     "evaluations-occfm": "evaluations_occfm",
 }

@@ -13,7 +13,6 @@ def page(document: dict[str, Any], link: str) -> str:
     figures = document["figures"]
     places = figures["places"]
     runs = [run for rows in places.values() for row in rows.values() for run in row["runs"]]
-    two = sorted(list(study.DECIDES)[1:], key=lambda place: -len(places[place]))
     return TEMPLATE.read_text().format(
         name=link.rpartition("/")[2],
         link=link,
@@ -23,8 +22,6 @@ def page(document: dict[str, Any], link: str) -> str:
         commits=", ".join(sorted({run["commit"] for run in runs})),
         rule=rule(),
         digits=digits_table(places["digits"]),
-        toys=toy_table({place: places[place] for place in two}),
-        single=toy_table({place: places[place] for place in places if place.endswith("batch 1")}),
         picture=f"{link.removesuffix('.json')}.png",
     )
 
@@ -59,29 +56,9 @@ def digits_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def toy_table(places: dict[str, dict[str, Any]]) -> str:
-    """Energy distances of some toys side by side."""
-    head = "".join(f" {place} | minus the preset's (95 %) | verdict |" for place in places)
-    lines = [f"| setting | share |{head}", f"|---|---:|{'---:|---|---|' * len(places)}"]
-    first = next(iter(places.values()))
-    for name in first:
-        cells = [name, f"{first[name]['share']:.0%}"]
-        for place, rows in places.items():
-            if name not in rows:
-                cells += ["not run", "", ""]
-                continue
-            row = rows[name]
-            word = "" if name == "preset" else verdict(place, row)
-            cells += [f"{1000 * row['quality']['to teacher']:.2f}",
-                      between(row, "to teacher", 2, 1000), word]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def verdict(place: str, row: dict[str, Any]) -> str:
     """What the interval says of what is measured at the place."""
-    metrics = study.DECIDES.get(place, ("to teacher",))
-    if not all(study.holds(row, metric) for metric in metrics):
+    if not study.decides(place, row):
         return "worse"
     return "pays" if row["share"] < 1 else "holds"
 

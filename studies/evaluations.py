@@ -20,10 +20,9 @@ is in it was chosen after a look at the toys with the seeds 100, 101 and 102, wh
 
 Two more candidates were written down with it and dropped for lack of time when the digits had one
 seed: AB2 with the samples of four student updates (FD 2.14, recall .582; the preset 1.99 and .589)
-and AB2 with the student's samples and 3 auxiliary updates (not begun).  For the same reason the
-toys run no AB2 at h = .1, no DPM-Solver++ and no capped intervals, which are older settings, and
-of the savings alone all on two_moons and two on gaussian_mixture.
-``two_moons, batch 1`` was added then and decides nothing.
+and AB2 with the student's samples and 3 auxiliary updates (not begun).  The toys are the
+study ``evaluations-toys`` and OccFM, which was to be run with the winner, ``evaluations-occfm``;
+neither was run, for lack of time, so that no setting has won yet.
 """
 
 import math
@@ -33,51 +32,27 @@ from typing import Any
 from studies.digits_runs import mean_and_spread
 from studies.evaluation_runs import Setting, result_of
 from studies.plots import BLUE, COLOURS, GREY, ORANGE, Figure, titled
-from studies.savings import SeveralEnds, TwoNodes
 from studies.verdict import Verdict
 
 CLAIM = "None in the paper: Euler steps and new samples for each auxiliary update are given"
-RULE = (
-    "a setting of at most half the preset's evaluations holds for FD and recall of the digits and "
-    "for the energy distance to the teacher on both toys"
-)
-NUM_SEEDS = {"digits": 5, "gaussian_mixture": 5, "two_moons": 5, "two_moons, batch 1": 5}
+RULE = "a setting of at most half the preset's evaluations holds for FD and recall of the digits"
+NUM_SEEDS = 5
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by degrees of freedom
 AB2 = {"solver": "ab2", "step_size": 0.2}
 COMBINED = {"AB2, a cycle's samples": Setting(AB2 | {"aux_samples": "cycle"})}
-LONGER, SHARED = "AB2, h = .2", "a cycle's samples"
-ALONE = {
-    LONGER: Setting(AB2),
-    "two AB2 steps, however long": Setting(objective=TwoNodes),
-    "2 updates of 4 draws": Setting({"aux_updates": 2, "aux_draws_per_sample": 4}),
-    SHARED: Setting({"aux_samples": "cycle"}),
-    "the student's samples": Setting({"aux_samples": "student"}),
-    "those of 4 student updates": Setting({"aux_samples": "student", "aux_kept": 4}),
-    "updates by need": Setting(by_need=True),
-    "3 intervals a trajectory": Setting(objective=SeveralEnds),
-}
 PRESET = {"preset": Setting()}
-SETTINGS = {
-    "digits": PRESET | COMBINED,
-    "gaussian_mixture": PRESET | {name: ALONE[name] for name in (LONGER, SHARED)} | COMBINED,
-    "two_moons": PRESET | ALONE | COMBINED,
-    "two_moons, batch 1": PRESET | {SHARED: ALONE[SHARED]} | COMBINED,
-}
+SETTINGS = {"digits": PRESET | COMBINED}
 LOWER_IS_BETTER = {
     "FD": True, "recall": False, "to teacher": True, "to data": True, "IoU": False, "mIoU": False,
 }  # fmt: skip
-DECIDES = {
-    "digits": ("FD", "recall"),
-    "gaussian_mixture": ("to teacher",),
-    "two_moons": ("to teacher",),
-}
+DECIDES = {"digits": ("FD", "recall")}
 
 
 def run(seed: int, folder: Path) -> dict[str, Any]:
     runs = folder / "evaluations"
     runs.mkdir(parents=True, exist_ok=True)
     places = {
-        place: measured(place, settings, range(seed, seed + NUM_SEEDS[place]), runs)
+        place: measured(place, settings, range(seed, seed + NUM_SEEDS), runs)
         for place, settings in SETTINGS.items()
     }
     return {"places": places}
@@ -140,7 +115,7 @@ def decides(place: str, row: dict[str, Any]) -> bool:
 
 
 def winner(places: dict[str, dict[str, Any]]) -> str | None:
-    """The setting that wins by the rule; None if none does."""
+    """The setting with the fewest evaluations that holds where this study runs; None: none does."""
     able = [
         name
         for name in COMBINED
@@ -171,7 +146,7 @@ def judge(figures: dict[str, Any]) -> Verdict:
     places = figures["places"]
     name = winner(places)
     if name is None:
-        return Verdict.of(False, "no setting wins on the digits and both toys")
+        return Verdict.of(False, "no setting of at most half the evaluations holds")
     row, preset = places["digits"][name], places["digits"]["preset"]
     numbers = [
         f"{name}: {row['evaluations']:.1f} evaluations a cycle and sample of the digits in place "
@@ -186,8 +161,8 @@ def judge(figures: dict[str, Any]) -> Verdict:
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     places = figures["places"]
-    figure = Figure(columns=4, title="Quality against forward evaluations a sample", height=4.2)
-    for axis, metric in zip(figure.axes[:2], DECIDES["digits"], strict=True):
+    figure = Figure(columns=2, title="Quality against forward evaluations a sample", height=4.2)
+    for axis, metric in zip(figure.axes, DECIDES["digits"], strict=True):
         for (name, row), colour in zip(places["digits"].items(), (GREY, *COLOURS), strict=False):
             curves = [run["curve"] for run in row["runs"]]
             spent = [point["updates"] * row["evaluations"] / 1000 for point in curves[0]]
@@ -197,19 +172,22 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         titled(axis, f"digits: {metric}, one sd of seeds", "thousand evaluations a sample", metric)
     figure.axes[0].set_yscale("log")
     figure.axes[0].legend(fontsize=7, frameon=False)
-    for axis, place in zip(figure.axes[2:], list(DECIDES)[1:], strict=True):
-        rows = {name: row for name, row in places[place].items() if name != "preset"}
-        for n, row in enumerate(rows.values()):
-            mean, low, high = row["difference"]["to teacher"]
-            colour = BLUE if decides(place, row) else ORANGE
-            axis.plot([low, high], [n, n], color=colour)
-            axis.plot([mean], [n], "o", color=colour)
-        axis.axvline(0, color=GREY, linewidth=1)
-        names = [f"{name} ({row['share']:.0%})" for name, row in rows.items()]
-        axis.set_yticks(range(len(rows)), names, fontsize=7)
-        axis.invert_yaxis()
-        titled(axis, f"{place}: minus the preset, 95 %", "energy distance, left is better")
     figure.save(path)
+
+
+def intervals(axis, place: str, rows: dict[str, Any]) -> None:
+    """Energy distance to the teacher minus the preset's, a line for every other setting."""
+    rows = {name: row for name, row in rows.items() if name != "preset"}
+    for n, row in enumerate(rows.values()):
+        mean, low, high = row["difference"]["to teacher"]
+        colour = BLUE if holds(row, "to teacher") else ORANGE
+        axis.plot([low, high], [n, n], color=colour)
+        axis.plot([mean], [n], "o", color=colour)
+    axis.axvline(0, color=GREY, linewidth=1)
+    names = [f"{name} ({row['share']:.0%})" for name, row in rows.items()]
+    axis.set_yticks(range(len(rows)), names, fontsize=7)
+    axis.invert_yaxis()
+    titled(axis, f"{place}: minus the preset, 95 %", "energy distance, left is better")
 
 
 def page(document: dict[str, Any], link: str) -> str:

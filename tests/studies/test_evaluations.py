@@ -13,7 +13,7 @@ from mfd_fast.flow.solvers import plan
 from mfd_fast.models import preset
 from mfd_fast.run.config import with_fast
 from mfd_fast.testing.numerics import assert_as_accurate
-from studies import evaluation_page, evaluations
+from studies import evaluation_page, evaluations, evaluations_toys
 from studies.savings import ByNeed, SeveralEnds, TwoNodes, smaller_times
 
 CONFIG = DistillConfig(guidance=1.0, step_size=0.05, solver="ab2")
@@ -109,8 +109,7 @@ def row(share, **differences):
 
 def figures(**named):
     """All places with the same rows, and the preset."""
-    places = dict.fromkeys([*evaluations.DECIDES, "two_moons, batch 1"])
-    return {"places": {place: {"preset": row(1.0)} | named for place in places}}
+    return {"places": {place: {"preset": row(1.0)} | named for place in evaluations.DECIDES}}
 
 
 WORSE, LESS, BETTER = [0.2, 0.1, 0.3], [-0.2, -0.3, -0.1], [-0.2, -0.3, -0.1]
@@ -122,7 +121,7 @@ WORSE, LESS, BETTER = [0.2, 0.1, 0.3], [-0.2, -0.3, -0.1], [-0.2, -0.3, -0.1]
         ({"a": row(0.4), "b": row(0.3), "c": row(0.6)}, "b"),
         ({"a": row(0.4), "b": row(0.3, FD=WORSE), "c": row(0.2, recall=LESS)}, "a"),
         ({"a": row(0.6), "b": row(0.7), "c": row(0.55)}, None),
-        ({"a": row(0.4, FD=BETTER), "b": row(0.3, **{"to teacher": WORSE})}, "a"),
+        ({"a": row(0.4, FD=BETTER), "b": row(0.3, recall=LESS)}, "a"),
     ],
 )
 def test_the_fewest_evaluations_that_hold_win(rows, winner, tmp_path, monkeypatch):
@@ -131,6 +130,15 @@ def test_the_fewest_evaluations_that_hold_win(rows, winner, tmp_path, monkeypatc
     assert evaluations.winner(found["places"]) == winner
     assert evaluations.judge(found).word == ("confirmed" if winner else "not confirmed")
     evaluations.draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_saving_pays_if_it_holds_on_both_toys(tmp_path):
+    good, bad = row(0.5), row(0.5, **{"to teacher": WORSE})
+    rows = [{"preset": row(1.0), "a": good, "b": of, "c": row(1.0)} for of in (good, bad, bad)]
+    found = dict(zip(evaluations_toys.SETTINGS, rows, strict=True))
+    assert evaluations_toys.judge(found) == ("confirmed", "paying on both toys: a")
+    evaluations_toys.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -153,5 +161,5 @@ def test_the_page_names_worse_and_paying_settings():
     page = evaluation_page.page(document, "../r/evaluations.json")
     for name, word in (("a", "pays"), ("b", "worse")):
         lines = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
-        assert len(lines) == 3 and all(f"| {word} |" in line for line in lines)
+        assert len(lines) == 1 and all(f"| {word} |" in line for line in lines)
     assert "../r/evaluations.png" in page and "The rule, written down before" in page
