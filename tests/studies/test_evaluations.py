@@ -1,6 +1,8 @@
 """The evaluations study: its statistics and rule by hand, and the savings that are tried there."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +165,10 @@ def test_the_page_names_worse_and_paying_settings():
         lines = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
         assert len(lines) == 1 and all(f"| {word} |" in line for line in lines)
     assert "../r/evaluations.png" in page and "The rule, written down before" in page
+
+
+def test_the_page_is_the_committed_result():
+    root = Path(__file__).parents[2]
+    link = "bench/results/studies/evaluations.json"
+    page = evaluations.page(json.loads((root / link).read_text()), f"../{link}")
+    assert (root / "docs/evaluations.md").read_text() == page
