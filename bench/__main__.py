@@ -72,7 +72,6 @@ ALL = [
     Benchmark("occfm_decoder", "bench.updates.occfm_decoder"),
     Benchmark("roofline", "bench.predict.roofline"),
     Benchmark("float8_error", "bench.updates.float8_error"),
-    Benchmark("study_options", "bench.updates.study_options"),
     *named("estimate", "bench.predict.cycles", PRESETS),
     *named("profile", "bench.predict.cycles", PRESETS),
     Benchmark("predicted_memory", "bench.predict.predicted_memory"),

@@ -15,4 +15,7 @@ STUDIES: dict[str, str] = {
     "no-auxiliary": "no_auxiliary",
     "coverage": "coverage",
     "cost": "cost",
+    "evaluations": "evaluations",
+    "evaluations-toys": "evaluations_toys",
+    "evaluations-occfm": "evaluations_occfm",
 }

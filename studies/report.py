@@ -74,12 +74,21 @@ def write_report(folder: Path, path: Path) -> None:
         study, document = module_of(name), json.loads(file.read_text())
         verdict = study.judge(document["figures"])
         link = os.path.relpath(file, path.parent)
+        if hasattr(study, "page"):
+            write_page(name, folder, path.parent / f"{name}.md")
         rows.append(f"| [{name}](#{name}) | {study.CLAIM} | {verdict.word} |")
         sections.append(_section(name, study, document, verdict, link))
     rows += [f"| - | {claim} | not testable here: {why} |" for claim, why in NOT_TESTABLE]
     table = ["| study | the paper's claim | here |", "|---|---|---|", *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join([HEADER, *table, "", *sections]))
+
+
+def write_page(name: str, folder: Path, path: Path) -> None:
+    """The Markdown page of a study that has one of its own, from what lies in ``folder``."""
+    file = folder / f"{name}.json"
+    page = module_of(name).page(json.loads(file.read_text()), os.path.relpath(file, path.parent))
+    write_text(path, page)
 
 
 def _capitalised(sentence: str) -> str:
@@ -97,6 +106,8 @@ def _section(
         f"Confirmed if {study.RULE}.\n",
         f"Here: **{verdict.word}**. {_capitalised(verdict.numbers)}.\n",
     ]
+    if hasattr(study, "page"):
+        lines.append(f"In full: [{name}]({name}.md).\n")
     if hasattr(study, "table"):
         lines.append(study.table(document["figures"]) + "\n")
     lines += [

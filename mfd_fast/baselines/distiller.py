@@ -47,6 +47,11 @@ class ComparisonDistiller(Distiller):
                 f"distill.objective={name!r} trains full copies of a network; expected "
                 f"a CopiedBackbone, got {type(backbone).__name__}"
             )
+        if config.aux_samples != "new":
+            raise ValueError(
+                f"distill.aux_samples must be new for distill.objective={name!r}, whose auxiliary "
+                f"generates in every update; got {config.aux_samples!r}"
+            )
         ranks = ranks_of(backbone) if ranks is None else ranks
         if ranks.world > 1:
             raise ValueError(
@@ -83,17 +88,17 @@ class ComparisonDistiller(Distiller):
         with torch.no_grad(), self.averaged_student():
             yield
 
-    def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
+    def _aux_backward(self, cond: Any, t: Tensor, x0: None = None) -> tuple[Tensor, None]:
         with self.phase("aux/forward"):
             loss = self.objective.aux_loss(self._batch(cond), t)
         self._backward("aux", loss)
-        return loss.detach()
+        return loss.detach(), None
 
-    def _student_backward(self, cond: Any) -> dict[str, Tensor]:
+    def _student_backward(self, cond: Any) -> tuple[dict[str, Tensor], None]:
         with self.phase("student/forward"):
             loss, metrics = self.objective.student_loss(self._batch(cond))
         self._backward("student", loss)
-        return metrics | {"student_loss": loss.detach()}
+        return metrics | {"student_loss": loss.detach()}, None
 
     def _after_step(self, role: str, skipped: Tensor) -> None:
         super()._after_step(role, skipped)

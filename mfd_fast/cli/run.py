@@ -18,6 +18,7 @@ from mfd_fast.run.config import (
     from_dict,
     to_dict,
     with_absolute_paths,
+    with_fast,
     with_file,
     with_memory,
 )
@@ -38,16 +39,21 @@ class Start:
     """YAML file whose settings go over the preset's; mfd-fast config prints one."""
     memory_profile: Optional[int | None] = None
     """Activation and batch size for a card of 16, 24, 40 or 80 GB."""
+    fast: Switch = False
+    """Fewer evaluations a cycle than the paper's settings: docs/evaluations.md says what for."""
 
 
 def settings_of(
     name: str, config: RunConfig | None = None, start: Start = Start(),
     out: Path | None = None, resume: str | None = None, **_: Any,
 ) -> RunConfig:  # fmt: skip
-    """The preset, then the card's profile, the file or the run that goes on, and the method."""
+    """The preset, then the card's profile, fewer evaluations, the file or the run that goes on,
+    and the method.
+    """
     base = preset(name)
     if start.memory_profile is not None:
         base = with_memory(base, start.memory_profile)
+    base = with_fast(base) if start.fast else base
     saved = None if resume is None else saved_settings(resumed_run(out, resume)[0], name)
     if path := start.config or saved:
         base = with_file(base, path)

@@ -15,14 +15,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from mfd_fast.backbones.lanes import Backbone, Lane, batch_size
+from mfd_fast.backbones.lanes import Backbone, Lane, batch_size, trajectory_lanes
 from mfd_fast.cost.operators import stored_bytes
 from mfd_fast.cost.trace import Memory, Op, Trace, Work
 from mfd_fast.distill.config import DistillConfig, OptimConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.objectives import OBJECTIVES, make_objective
 from mfd_fast.flow.integrate import Trajectories
-from mfd_fast.flow.solvers import SolverTable, plan
+from mfd_fast.flow.solvers import EVALUATIONS_PER_STEP, SolverTable, plan
 from mfd_fast.run.task import Shapes
 
 DRAWS = 4096  # pairs (t, r) that are drawn for the expected numbers of evaluations
@@ -143,7 +143,7 @@ def trace_cycle(model: Shapes, config: DistillConfig, batch: int) -> CycleCost:
     parts = config.micro_batches
     rows = batch // parts
     counts = Counter(expected_evaluations(config, rows))
-    evaluations = sum(n * count for n, count in counts.items()) / rows
+    evaluations = evaluations_of_lane(config, rows)
     counts[rows] -= 1.0  # the one that was traced
     steps = _trace_steps(distiller, model.cond(rows), share, config)
     phases[INTEGRATE].add(weighted(steps, counts), parts * config.student_updates)
@@ -166,6 +166,29 @@ def expected_evaluations(config: DistillConfig, rows: int) -> Mapping[int, float
     for _ in range(updates):
         counts.update(objective.draw(rows, generator).active)
     return {n: count / updates for n, count in counts.items()}
+
+
+def evaluations_of_lane(config: DistillConfig, rows: int = 1) -> float:
+    """E[N]: expected evaluations of one lane of one sample in a student update."""
+    return sum(n * count for n, count in expected_evaluations(config, rows).items()) / rows
+
+
+def forward_evaluations(config: DistillConfig, of_lane: float) -> dict[str, float]:
+    """phase -> expected forward evaluations of a network for one sample in a cycle.
+
+    Args:
+        of_lane: E[N], of ``evaluations_of_lane``.
+
+    A backward pass is not one; each of several draws is.
+    """
+    of_sampler = config.student_steps * EVALUATIONS_PER_STEP[config.student_solver]
+    lanes = len(trajectory_lanes(config.guidance))
+    return {
+        "aux/generate": config.aux_generations * of_sampler,
+        "aux/forward": config.aux_updates * config.aux_draws_per_sample,
+        "student/generate": config.student_updates * of_sampler,
+        INTEGRATE: config.student_updates * lanes * of_lane,
+    }
 
 
 def adapter_share(backbone: Backbone, lanes: tuple[Lane, ...]) -> float:
@@ -236,6 +259,8 @@ def weighted(steps: dict[int, Work], counts: Counter) -> Work:
 
 def updates_of(config: DistillConfig, phase: str) -> int:
     """Of the role, or of the role of the phase, in a cycle."""
+    if phase == "aux/generate":
+        return config.aux_generations
     return config.aux_updates if phase.startswith("aux") else config.student_updates
 
 

@@ -1,11 +1,12 @@
 """An estimate as the text that ``mfd-fast estimate`` prints."""
 
 from mfd_fast.backbones.float8 import MIN_OUTPUTS
-from mfd_fast.cost.cycle import is_interval
+from mfd_fast.cost.cycle import evaluations_of_lane, forward_evaluations, is_interval
 from mfd_fast.cost.devices import Device, Efficiency, Host
 from mfd_fast.cost.estimate import Estimate, Phase, Profile, Span
 from mfd_fast.cost.operators import FAMILIES
 from mfd_fast.cost.trace import Work
+from mfd_fast.run.config import with_fast
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Name, seconds, and up to how many of them it is taken.
@@ -19,6 +20,7 @@ def text(run: Estimate, *, scaling: bool = False) -> str:
     scaling: the work by family of operators and the table of more GPUs too.
     """
     parts = [_device(run), _phases(run)]
+    parts += [_evaluations(run)] if is_interval(run.config.distill) else []
     parts += [_choices(run)] if run.choices else []
     parts += [f"{_memory(run)}\n{_fit(run)}"]
     parts += [_families(run), _scaling(run)] if scaling else []
@@ -126,6 +128,18 @@ def _cycle(run: Estimate) -> str:
         f"{caption}; E[N] = {cycle.evaluations:.2f} evaluations a lane and sample, from the run's "
         f"own draws{times}"
     )
+
+
+def _evaluations(run: Estimate) -> str:
+    """Forward evaluations of a sample in a cycle by phase, as set and with --fast."""
+    rows = run.cycle.batch // run.config.distill.micro_batches
+    columns = [
+        forward_evaluations(distill, evaluations_of_lane(distill, rows))
+        for distill in (run.config.distill, with_fast(run.config).distill)
+    ]
+    table = [[phase, *(f"{column[phase]:.1f}" for column in columns)] for phase in columns[0]]
+    table.append(["together", *(f"{sum(column.values()):.1f}" for column in columns)])
+    return aligned(["evaluations a sample", "as set", "with --fast"], table)
 
 
 def _families(run: Estimate) -> str:

@@ -126,24 +126,34 @@ class CapturedDistiller(Distiller):
         self.release_graphs()  # they know the optimizers' tensors of before
 
     def aux_step(self, cond: Any) -> dict[str, Tensor]:
+        cond, samples = self._aux_source(cond)
         static = self._static_of(cond)
         if static is None:
             return super().aux_step(cond)
         self.trained["aux"].set_lr()
-        run = self._captured(static, "aux", self._update_graph, self._aux_phase)
-        losses = []
-        for part in in_parts(cond, self.config.micro_batches):
+        key = "aux" if samples[0] is None else "aux, kept samples"
+        run = self._captured(static, key, self._update_graph, self._aux_phase)
+        losses, generated = [], []
+        for part, x0 in zip(in_parts(cond, self.config.micro_batches), samples, strict=True):
             with self.phase("aux/update"):
-                loss, metrics = run(part, self._draw_aux_times(part))
+                kept = () if x0 is None else (x0,)
+                loss, x0, metrics = run(part, self._draw_aux_times(part), *kept)
             losses.append(loss.clone())
+            generated.append(x0 if x0 is None else x0.clone())
+        self._aux_learned_from(generated, cond)
         metrics = metrics or self._apply_after("aux")
         self.trained["aux"].num_updates += 1
         loss = torch.stack(losses).mean() if losses[1:] else losses[0]
         return _kept(metrics) | {"aux_loss": loss}
 
-    def _aux_phase(self, cond: Any, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self._aux_backward(cond, t)
-        return loss, self._apply("aux") if self._is_one_graph("aux") else {}
+    def _aux_phase(
+        self, cond: Any, t: Tensor, x0: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The loss, the samples if they are to be kept, the metrics of the optimizer's step."""
+        keeps = x0 is None and self.config.aux_samples != "new"
+        loss, x0 = self._aux_backward(cond, t, x0)
+        metrics = self._apply("aux") if self._is_one_graph("aux") else {}
+        return loss, x0 if keeps else None, metrics
 
     def student_step(self, cond: Any) -> dict[str, Tensor]:
         static = self._static_of(cond)
@@ -151,7 +161,9 @@ class CapturedDistiller(Distiller):
             return super().student_step(cond)
         self.trained["student"].set_lr()
         parts = in_parts(cond, self.config.micro_batches)
-        parts = [_kept(self._student_phases(static, part)) for part in parts]
+        done = [self._student_phases(static, part) for part in parts]
+        parts, samples = zip(*done, strict=True)
+        self._student_left(samples, cond)
         metrics = parts[0]
         if parts[1:]:
             metrics = {name: torch.stack([m[name] for m in parts]).mean() for name in metrics}
@@ -160,8 +172,12 @@ class CapturedDistiller(Distiller):
         self.trained["student"].num_updates += 1
         return metrics
 
-    def _student_phases(self, static: _Static, part: Any) -> dict[str, Tensor]:
-        """Prepare, begin, as many ODE steps as the longest interval needs, finish."""
+    def _student_phases(
+        self, static: _Static, part: Any
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Prepare, begin, as many ODE steps as the longest interval needs, finish: the metrics, and
+        the samples if they are to be kept; copies.
+        """
         table, step = self._draw_table(part), self._draw_backprop_step()
         self._load(static, table)
         run = partial(self._captured, static)
@@ -169,14 +185,16 @@ class CapturedDistiller(Distiller):
         with self.phase("student/generate"):
             run("prepare", self._update_graph, partial(self._prepare, static))(part)
             # Captured later than "begin", the prepared rows might lie where it overwrites them.
-            run(("begin", step), self._update_graph, begin, after="prepare")(part)
+            x0 = run(("begin", step), self._update_graph, begin, after="prepare")(part)
+            x0 = x0 if x0 is None else x0.clone()
         with self.phase("student/integrate"):
             for n in table.active:
                 ode_step = partial(self._ode_step, static, n)
                 run(("ode", n), self._ode_graph, ode_step, after="prepare")()
         with self.phase("student/finish"):
             finish = partial(self._finish, static)
-            return run(("finish", step), self._update_graph, finish, after=("begin", step))()
+            finished = run(("finish", step), self._update_graph, finish, after=("begin", step))()
+        return _kept(finished), x0
 
     def _is_one_graph(self, role: str) -> bool:
         """Whether the optimizer's step is in the same graph as the backward pass."""
@@ -244,14 +262,17 @@ class CapturedDistiller(Distiller):
             self.backbone.prepare(cond), self.backbone.lane_groups(self.objective.lanes)
         )
 
-    def _begin(self, static: _Static, cond: Any, *, step: int | None) -> None:
-        """Generate with gradient, noise to t, put both trajectories at x_t."""
+    def _begin(self, static: _Static, cond: Any, *, step: int | None) -> Tensor | None:
+        """Generate with gradient, noise to t, put both trajectories at x_t; the samples, if they
+        are to be kept.
+        """
         _, x0, noise = self._student_samples(cond, step)
         static.x_t = self.objective.noised(x0, noise, static.times[0])
         static.saturation = self._saturation(x0)
         with torch.no_grad():
             static.moving.start(self.objective.starts(static.x_t))
             static.row.zero_()
+        return x0.detach() if self.config.aux_samples == "student" else None
 
     @torch.no_grad()
     def _ode_step(self, static: _Static, n: int) -> None:

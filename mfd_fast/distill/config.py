@@ -91,6 +91,13 @@ class DistillConfig(Settings):
     """Which of the K sampler steps the gradient enters: all, the last, or a random one."""
     aux_draws_per_sample: Count = 1
     """Pairs (t, eps) that the auxiliary learns from for every sample generated (the paper: 1)."""
+    aux_samples: Literal["new", "cycle", "student"] = "new"
+    """Whose samples the auxiliary learns from: every update generates its own (new, the paper);
+    the first of a cycle does for all of them (cycle: exact, the student stands still); those that
+    the student's last updates made (student: stale, nothing is generated).
+    """
+    aux_kept: Count = 1
+    """aux_samples student: of how many student updates the samples are kept and taken in turn."""
     micro_batches: Count = 1
     """The batch of an update is evaluated in this many equal parts; gradients are averaged."""
     loss_scale: PositiveOrOff = 0.0
@@ -111,6 +118,11 @@ class DistillConfig(Settings):
         require(self.max_interval is None or self.max_interval > self.min_interval,
                 "distill.max_interval", f"above min_interval {self.min_interval} or none",
                 self.max_interval)  # fmt: skip
+
+    @property
+    def aux_generations(self) -> int:
+        """Auxiliary updates of a cycle that generate samples of the student."""
+        return {"new": self.aux_updates, "cycle": 1, "student": 0}[self.aux_samples]
 
     def optim_of(self, role: str) -> OptimConfig:
         """The optimizer's settings of ``"aux"`` or ``"student"``."""

@@ -1,11 +1,12 @@
 """The distillation step, as the algorithm in the paper; nothing here waits for the device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from mfd_fast.backbones.lanes import (
     AUX,
@@ -84,8 +85,14 @@ class Distiller(TrainedRoles):
         Returns ``aux_loss`` and ``aux_grad_norm``, device tensors ``[]``.
         """
         self.trained["aux"].set_lr()
+        cond, samples = self._aux_source(cond)
         parts = in_parts(cond, self.config.micro_batches)
-        losses = [self._aux_backward(part, self._draw_aux_times(part)) for part in parts]
+        done = [
+            self._aux_backward(part, self._draw_aux_times(part), x0)
+            for part, x0 in zip(parts, samples, strict=True)
+        ]
+        losses, samples = zip(*done, strict=True)
+        self._aux_learned_from(samples, cond)
         metrics = self._apply("aux")
         self.trained["aux"].num_updates += 1
         return metrics | {"aux_loss": torch.stack(losses).mean()}
@@ -99,7 +106,9 @@ class Distiller(TrainedRoles):
         the role that is worse off), device tensors ``[]``.
         """
         self.trained["student"].set_lr()
-        parts = [self._student_backward(c) for c in in_parts(cond, self.config.micro_batches)]
+        done = [self._student_backward(c) for c in in_parts(cond, self.config.micro_batches)]
+        parts, samples = zip(*done, strict=True)
+        self._student_left(samples, cond)
         metrics = {name: torch.stack([m[name] for m in parts]).mean() for name in parts[0]}
         metrics |= self._apply("student")
         self.trained["student"].num_updates += 1
@@ -116,27 +125,62 @@ class Distiller(TrainedRoles):
         with evaluating(self.backbone), self.averaged_student(use_ema):
             return self._sample_student(noise, prepared)
 
-    def _aux_backward(self, cond: Any, t: Tensor) -> Tensor:
-        """Gradient of the flow-matching loss on the student's samples; the loss.
+    def _aux_source(self, cond: Any) -> tuple[Any, Sequence[Tensor | None]]:
+        """The condition that an auxiliary update learns with, and the samples of every
+        micro-batch: kept ones with the condition they were made with, or None: it generates them.
+
+        A sample serves several updates, each with new (t, eps).  Within a cycle that is exact: x_0
+        has the student's law until the student moves, and the expectation over (t, eps) is as it
+        was.  Over cycles it is not: the law is that of the student ``aux_kept`` updates ago, or
+        fewer.
+        """
+        parts = self.config.micro_batches
+        if not self.kept:
+            return cond, [None] * parts
+        x0, *leaves = self.kept[self.num_updates["aux"] % len(self.kept)]
+        return tree_unflatten(leaves, tree_structure(cond)), in_parts(x0, parts)
+
+    def _aux_learned_from(self, samples: Sequence[Tensor | None], cond: Any) -> None:
+        """Keep what an auxiliary update generated, if the next one may see it."""
+        if self.config.aux_samples != "new" and not self.kept:
+            self._keep(samples, cond)
+
+    def _student_left(self, samples: Sequence[Tensor | None], cond: Any) -> None:
+        """The student moves on from its samples: keep them, stale as they are, or none."""
+        if self.config.aux_samples == "student":
+            self._keep(samples, cond)
+        else:
+            self.kept = []
+
+    def _keep(self, samples: Sequence[Tensor], cond: Any) -> None:
+        batch = [torch.cat(list(samples)), *(leaf.clone() for leaf in tree_leaves(cond))]
+        self.kept = [batch, *self.kept][: self.config.aux_kept]
+
+    def _aux_backward(
+        self, cond: Any, t: Tensor, x0: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of the flow-matching loss on samples x0 ``[B, *S]`` of the student, which are
+        generated if None; the loss and the samples.
 
         t is ``[B * draws]``: every sample is noised to ``draws`` times (one in the paper), which
         the backbone sees as that many auxiliary lanes of the sample.
         """
         draws = self.config.aux_draws_per_sample
         prepared = self.backbone.prepare(cond)
-        with self.phase("aux/generate"), torch.no_grad():
-            x0 = self._sample_student(self._noise(prepared.batch), prepared)
+        if x0 is None:
+            with self.phase("aux/generate"), torch.no_grad():
+                x0 = self._sample_student(self._noise(prepared.batch), prepared)
         with self.phase("aux/forward"):
-            x0 = x0.repeat_interleave(draws, dim=0)
-            x_t, target = interpolate_with_target(x0, self._noise(prepared.batch, draws), t)
+            drawn = x0.repeat_interleave(draws, dim=0)
+            x_t, target = interpolate_with_target(drawn, self._noise(prepared.batch, draws), t)
             lanes, times = x_t.unflatten(0, (-1, draws)), t.unflatten(0, (-1, draws))
             v = self.backbone.forward(lanes, times, prepared, (AUX,) * draws)
             loss = torch.nn.functional.mse_loss(v.flatten(0, 1).to(target.dtype), target)
         self._backward("aux", loss)
-        return loss.detach()
+        return loss.detach(), x0
 
-    def _student_backward(self, cond: Any) -> dict[str, Tensor]:
-        """Gradient of the objective on fresh samples; its metrics."""
+    def _student_backward(self, cond: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradient of the objective on fresh samples; its metrics and the samples."""
         table = self._draw_table(cond).to(self.backbone.device)
         with self.phase("student/generate"):
             prepared, x0, noise = self._student_samples(cond, self._draw_backprop_step())
@@ -144,7 +188,7 @@ class Distiller(TrainedRoles):
         with self.phase("student/integrate"), evaluating(self.backbone):
             loss, metrics = self.objective.student_loss(self.backbone, prepared, x0, noise, table)
         self._backward("student", loss)
-        return metrics | {"saturation": saturation}
+        return metrics | {"saturation": saturation}, x0.detach()
 
     def _student_samples(self, cond: Any, step: int | None) -> tuple[Prepared, Tensor, Tensor]:
         """The prepared condition, x_0 with its graph, and the noise it will be mixed with."""

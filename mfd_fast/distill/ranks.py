@@ -60,6 +60,14 @@ class Ranks:
             return tree
         return tree_map(lambda leaf: leaf[self.rank :: self.world].contiguous(), tree)
 
+    def whole(self, rows: Tensor) -> Tensor:
+        """``[B * world, ...]`` of which every rank has its rows; a collective call."""
+        if self.world == 1:
+            return rows
+        every = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(every, rows.contiguous())
+        return torch.stack(every, dim=1).flatten(0, 1)
+
     def table(self, table: SolverTable) -> SolverTable:
         """This rank's trajectories of the table of the whole batch.
 

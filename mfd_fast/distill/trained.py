@@ -122,6 +122,7 @@ class TrainedRoles:
         self.skipped = torch.zeros((), device=backbone.device)
         student = backbone.parameters_of("student") if config.ema_decay > 0 else []
         self.ema = [parameter.detach().clone() for parameter in student]
+        self.kept: list[list[Tensor]] = []  # samples of the student and the leaves of their cond
         self.host_generator = Generator().manual_seed(config.seed)
         has_storage = backbone.device.type != "meta"  # without, shapes are all that is asked for
         self.generator = Generator(backbone.device if has_storage else "cpu")
@@ -232,7 +233,10 @@ class TrainedRoles:
         return copy.deepcopy(self.live_state())
 
     def live_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` copies: the tensors themselves, which the next update changes."""
+        """What :meth:`state_dict` copies: the tensors themselves, which the next update changes.
+
+        A collective call where samples are kept (``distill.aux_samples``).
+        """
         optimizers, scales = self.optimizers.items(), self.loss_scale.items()
         return {
             **{role: [p.detach() for p in of.parameters] for role, of in self.trained.items()},
@@ -243,6 +247,7 @@ class TrainedRoles:
             "num_updates": self.num_updates,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "kept": [[self.ranks.whole(rows) for rows in batch] for batch in self.kept],
             "host_generator": self.host_generator.get_state(),
             "generator": self.generator.get_state(),
         }
@@ -274,5 +279,9 @@ class TrainedRoles:
             trained.skipped_in_a_row.copy_(state["skipped_in_a_row"][role])
             self.backbone.refresh(role)
         self.skipped.copy_(state["skipped"])
+        self.kept = [  # checkpoints had none once
+            [self.ranks.rows(rows).to(self.backbone.device, copy=True) for rows in batch]
+            for batch in state.get("kept", [])
+        ]
         self.host_generator.set_state(state["host_generator"])
         self.generator.set_state(state["generator"])

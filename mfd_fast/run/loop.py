@@ -36,6 +36,7 @@ class Progress:
             distiller.backbone.device,
             aux_updates=config.aux_updates,
             student_updates=config.student_updates,
+            sees_moves=config.aux_samples != "student",
         )
 
     def live_state(self, ranks: Ranks) -> dict[str, Any]:

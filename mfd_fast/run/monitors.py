@@ -70,15 +70,20 @@ class Monitors:
 
     Args:
         device: where the metrics are.
-        aux_updates, student_updates: the cycle; lag needs at least two auxiliary updates in one.
+        aux_updates, student_updates: the cycle.
+        sees_moves: a cycle's first auxiliary update learns from samples of the student that moved;
+            lag needs that, and at least two auxiliary updates in a cycle.
 
     The columns added to a row: mean and standard deviation of both losses over all updates since
     the row before, and ``aux_lag``: the auxiliary's flow-matching loss on fresh samples right after
     the student moved, over that of the cycle's last auxiliary update, minus 1.
     """
 
-    def __init__(self, device: torch.device, *, aux_updates: int, student_updates: int):
-        self.device = device
+    def __init__(
+        self, device: torch.device, *, aux_updates: int, student_updates: int,
+        sees_moves: bool = True,
+    ):  # fmt: skip
+        self.device, self.has_lag = device, sees_moves and aux_updates > 1
         self.cycle = aux_updates + student_updates
         self.aux_updates = aux_updates
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -110,7 +115,7 @@ class Monitors:
                 mean = sums[f"{loss}_sum"] / n
                 row[f"{loss}_mean"] = mean
                 row[f"{loss}_std"] = max(sums[f"{loss}_squares"] / n - mean * mean, 0.0) ** 0.5
-        if self.aux_updates > 1 and sums["lag_last"] > 0:
+        if self.has_lag and sums["lag_last"] > 0:
             row["aux_lag"] = sums["lag_first"] / sums["lag_last"] - 1.0
         return row
 

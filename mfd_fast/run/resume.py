@@ -120,7 +120,8 @@ def _bit_sum(x: Tensor) -> Tensor:
 
 def check_config(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """Remarks about settings that changed; ``ValueError`` names one that must not."""
-    before, now = dict(leaves(saved)), dict(leaves(to_dict(config)))
+    unset = dict(leaves(to_dict(type(config)(preset=config.preset))))  # settings are added
+    before, now = unset | dict(leaves(saved)), dict(leaves(to_dict(config)))
     remarks = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

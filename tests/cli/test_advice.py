@@ -16,6 +16,7 @@ from mfd_fast.run.config import leaves, to_dict
 
 SOURCE = Path(cli.__file__).parents[1]
 DISTILL = {"--out", "--resume", "--dry-run", "--config", "--objective", "--memory-profile"}
+DISTILL |= {"--fast"}
 DISTILL |= {"--prompt", "--help"}  # of sample, and of all
 # Modules that one command alone runs, and what it has besides.
 OF_ONE_COMMAND = {

@@ -273,6 +273,19 @@ def test_estimate_from_the_command_line(capsys):
     assert len([line for line in printed.splitlines() if line.startswith("512 ")]) == 1
 
 
+def test_an_estimate_has_the_evaluations_of_a_cycle_as_set_and_with_fast(capsys):
+    """The sums of both columns; a run that is fast already has the same number twice."""
+    sums = []
+    for words in ([], ["--fast"]):
+        assert cli.main(["estimate", "digits", *words]) == 0
+        printed = capsys.readouterr().out.partition("evaluations a sample")[2].splitlines()
+        rows = [line.split() for line in printed[1:6]]
+        values = torch.tensor([[float(x) for x in row[1:]] for row in rows])
+        assert (values[:4].sum(0) - values[4]).abs().max() < 0.05 * 4  # of rounded ones
+        sums.append(values[4].tolist())
+    assert sums[0][1] < 0.5 * sums[0][0] and sums[1] == [sums[0][1]] * 2
+
+
 def test_the_text_says_by_how_much_a_run_does_not_fit(digits_estimate):
     run, _, device = digits_estimate
     total, least = sum(run.memory.values()), run.smallest.bytes

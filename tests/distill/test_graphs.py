@@ -29,6 +29,13 @@ CONFIGS = {
     "four steps, random": {"student_steps": 4, "student_backprop": "random"},
     "micro batches": {"micro_batches": 2},
     "loss scale": {"loss_scale": 1024.0},
+    "samples of a cycle": {"aux_samples": "cycle", "aux_updates": 3, "micro_batches": 2},
+    "the student's samples": {
+        "aux_samples": "student",
+        "aux_updates": 3,
+        "aux_draws_per_sample": 2,
+    },
+    "samples of two updates": {"aux_samples": "student", "aux_kept": 2, "micro_batches": 2},
     "warm-up": {"student_optim": OptimConfig(warmup_updates=6)},
 }
 

@@ -13,7 +13,7 @@ import torch
 from mfd_fast import cli
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.models import PRESETS, load_config, preset
-from mfd_fast.run.config import RunConfig, from_dict, save_config, to_dict
+from mfd_fast.run.config import RunConfig, from_dict, leaves, save_config, to_dict, with_fast
 from mfd_fast.run.console import plan_of
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,19 @@ def test_every_setting_of_the_published_presets_has_its_source():
                     assert (told if isinstance(value, str) else float(told)) == value, cells[0]
                 compared += 1
     assert compared > 4 * 20
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fast_changes_three_settings_and_those_once(name):
+    before, fast = preset(name), with_fast(preset(name))
+    old, new = (dict(leaves(to_dict(config))) for config in (before, fast))
+    changed = {key: new[key] for key in old if old[key] != new[key]}
+    assert changed == {
+        "distill.solver": "ab2",
+        "distill.step_size": 4 * before.distill.step_size,
+        "distill.aux_samples": "cycle",
+    }
+    assert with_fast(fast) == fast
 
 
 @pytest.mark.parametrize(

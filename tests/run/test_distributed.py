@@ -45,6 +45,7 @@ def on_ranks(world, case, folder):
 def alone(dtype, case="result"):
     """The run of ``rank_worker.replicas``, or of its ``library``, in one process."""
     options = {"micro_batches": 2, "student_steps": 2, "aux_draws_per_sample": 2}
+    options["aux_samples"] = "cycle"
     is_own = case == "library"
     distiller = own_loop(dtype) if is_own else make_distiller(dtype=dtype, **options)
     losses, norms = steps(distiller)

@@ -49,6 +49,16 @@ def test_lag_needs_two_auxiliary_updates():
     assert "aux_lag" not in read(watch)
 
 
+@pytest.mark.parametrize(
+    ("samples", "has_lag"), [("new", True), ("cycle", True), ("student", False)]
+)
+def test_lag_needs_samples_of_the_student_that_moved(samples, has_lag):
+    monitors = Progress(make_distiller(aux_samples=samples)).monitors
+    for n in range(2):
+        monitors.observe(n, "aux", {"aux_loss": torch.tensor(1.0)})
+    assert ("aux_lag" in read(monitors)) == (samples != "student")
+
+
 def test_observing_waits_for_nothing():
     watch, metrics = make_monitors(), {"aux_loss": torch.tensor(2.0)}
     with NoSync():

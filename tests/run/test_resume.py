@@ -17,6 +17,7 @@ import small_runs
 import torch
 from recorded_graph import RecordedGraph
 from small_runs import (
+    StopAfter,
     assert_same,
     largest_file,
     make_backbone,
@@ -38,18 +39,6 @@ from mfd_fast.run.resume import check_config, check_header, header
 from mfd_fast.run.stop import StopSignal
 
 UPDATES = 6  # of the student; 12 more of the auxiliary
-
-
-class StopAfter:
-    """Stands for a StopSignal: a signal arrives during update number n."""
-
-    def __init__(self, n):
-        self.left = n
-
-    @property
-    def signum(self):
-        self.left -= 1
-        return signal.SIGTERM if self.left < 0 else 0
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,8 @@ def steps(distiller, *, drops_gradients=False):
 
 def replicas(ranks, folder):
     """A short run; every rank's weights must be the same bits, and rank 0's go to the test."""
-    distiller = make_distiller(ranks, micro_batches=2, student_steps=2, aux_draws_per_sample=2)
+    options = {"micro_batches": 2, "student_steps": 2, "aux_draws_per_sample": 2}
+    distiller = make_distiller(ranks, aux_samples="cycle", **options)
     finish(ranks, folder / "result.safetensors", distiller, *steps(distiller))
 
 
@@ -85,6 +86,8 @@ def host_values(ranks, folder):
     world, rank = ranks.world, ranks.rank
     assert ranks.mean([float(rank), 1.0]) == [(world - 1) / 2, 1.0]
     assert [int(x) for x in ranks.gather(torch.tensor(rank))] == list(range(world))
+    rows = torch.arange(3 * world, dtype=torch.float64)
+    assert torch.equal(ranks.whole(ranks.rows(rows)), rows)
     assert ranks.broadcast_text("runs/ä" if ranks.is_main else "") == "runs/ä"
     vote = Vote(ranks)
     answers = [vote(15 if rank == 1 and n == 2 else 0) for n in range(5)]

@@ -88,6 +88,18 @@ def run(folder, *, updates, checkpoint_every=0, resumed=False, stop=None, ranks=
     return distiller, rows
 
 
+class StopAfter:
+    """Stands for a StopSignal: a signal arrives during update number n."""
+
+    def __init__(self, n):
+        self.left = n
+
+    @property
+    def signum(self):
+        self.left -= 1
+        return signal.SIGTERM if self.left < 0 else 0
+
+
 def without_clock(rows):
     return [{k: v for k, v in row.items() if k != "updates_per_s"} for row in rows]
 

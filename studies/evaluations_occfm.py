@@ -1,0 +1,138 @@
+"""The fast settings on OccFM: made-up scenes, a small VAE and teacher trained on them.
+
+The preset is ``occfm-tiny`` with the learning rates of ``make occfm-demo``, Euler with h = .05 and
+5 : 1; beside it the same with ``--fast``, the same seeds, the same number of student updates.  The
+interval is that of the evaluations study.  A core takes about an hour for it.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mfd_fast.distill.config import OptimConfig
+from mfd_fast.distill.distiller import Distiller
+from mfd_fast.models import preset
+from mfd_fast.models.occfm.data.classes import FREE, SPLITS
+from mfd_fast.models.occfm.data.store import convert_split
+from mfd_fast.models.occfm.data.synthetic import SyntheticConfig, write_synthetic
+from mfd_fast.models.occfm.evaluate import decoded
+from mfd_fast.models.occfm.loading import load_vae
+from mfd_fast.models.occfm.pretrain import (
+    TEACHER,
+    VAE,
+    TeacherPretrain,
+    VaePretrain,
+    cache_latents,
+    pretrain_teacher,
+    pretrain_vae,
+)
+from mfd_fast.models.occfm.scores import OccupancyCounts
+from mfd_fast.models.occfm.task import OccfmTask
+from mfd_fast.run.config import RunConfig, with_fast
+from mfd_fast.run.maker import make_distiller
+from studies.evaluation_runs import Quality, followed, kept
+from studies.evaluations import holds, row_of
+from studies.plots import BLUE, GREY, Figure, titled
+from studies.verdict import Verdict
+
+CLAIM = "None in the paper: Euler steps and new samples for each auxiliary update are given"
+RULE = "the paired 95 % intervals of IoU and of mIoU over five seeds reach zero or the better side"
+METRICS = ("IoU", "mIoU")
+NUM_SEEDS = 5
+UPDATES, WINDOWS, WINDOWS_AT_ONCE = 24, 32, 8
+SCENES, GRID, VAE_UPDATES, TEACHER_UPDATES = 24, (40, 40, 4), 400, 450
+
+
+def run(seed: int, folder: Path) -> dict[str, Any]:
+    runs = folder / "evaluations-occfm"
+    files = files_in(runs)
+    found: dict[str, list[dict[str, Any]]] = {"preset": [], "fast": []}
+    for number in range(seed, seed + NUM_SEEDS):
+        for name, of in found.items():
+            config = config_of(files, number)
+            config = with_fast(config) if name == "fast" else config
+            path = runs / f"{name}, seed {number}.json"
+            of.append(kept(path, number, partial(distilled, config)))
+    return {name: row_of(of, found["preset"]) for name, of in found.items()}
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Made-up scenes, a VAE and a teacher trained on them; made once."""
+    files = {"vae": folder / VAE, "teacher": folder / TEACHER, "store": folder / "store"}
+    if files["teacher"].exists():
+        return files
+    write_synthetic(folder / "data", SyntheticConfig(scenes=SCENES, grid=GRID, voxel=1.0))
+    for split in SPLITS:
+        convert_split(folder / "data", folder / "labels", split)
+    recipe = {"batch_size": 6, "lr": 3e-3, "warmup_updates": 20, "device": "cpu"}
+    labels = str(folder / "labels")
+    pretrain_vae(VaePretrain(store=labels, updates=VAE_UPDATES, **recipe), folder)
+    vae = load_vae(files["vae"])
+    for split in SPLITS:
+        cache_latents(folder / "data", split, vae)
+        convert_split(folder / "data", files["store"], split)
+    recipe |= {"batch_size": 8, "lr": 2e-3, "warmup_updates": 30, "ema_decay": 0.97}
+    store = str(files["store"])
+    pretrain_teacher(TeacherPretrain(store=store, updates=TEACHER_UPDATES, **recipe), folder)
+    return files
+
+
+def config_of(files: dict[str, Path], seed: int) -> RunConfig:
+    """The preset's run on these files."""
+    base = preset("occfm-tiny")
+    student, aux = (OptimConfig(lr=lr, weight_decay=0.0, warmup_updates=5) for lr in (2e-4, 5e-4))
+    distill = replace(
+        base.distill, step_size=0.05, aux_updates=5, ema_decay=0.9, seed=seed,
+        student_optim=student, aux_optim=aux,
+    )  # fmt: skip
+    return replace(
+        base,
+        teacher=str(files["teacher"]),
+        distill=distill,
+        train=replace(base.train, updates=UPDATES, batch_size=4, device="cpu"),
+        occfm=replace(base.occfm, store=str(files["store"]), vae=str(files["vae"])),
+    )
+
+
+def distilled(config: RunConfig) -> dict[str, Any]:
+    """One run, measured at its end."""
+    task = OccfmTask(config)
+    distiller = make_distiller(task.backbone(), config.distill, schedule=task.schedule())
+    points, quality = (config.train.updates,), partial(quality_of, task)
+    return followed(distiller, task.conditions(), config.train, points, quality)
+
+
+def quality_of(task: OccfmTask, distiller: Distiller) -> Quality:
+    """IoU and mIoU in percent, mean over the frames of validation windows."""
+    windows, scale = task.validation, task.teacher.config.latent_scale
+    rows = windows.spread(WINDOWS)
+    counts = OccupancyCounts(frames=windows.shape[0], free=FREE)
+    for start in range(0, len(rows), WINDOWS_AT_ONCE):
+        part = rows[start : start + WINDOWS_AT_ONCE]
+        latents = distiller.generate(windows.noise(part, 1), windows.cond(part)) / scale
+        counts.add(decoded(task.decoder, latents), windows.truth(part))
+    found = counts.scores().row()
+    return {"IoU": found["iou_mean_of_frames"], "mIoU": found["miou_mean_of_frames"]}
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    figure = Figure(columns=2, title="OccFM on made-up scenes, the preset and --fast by seed")
+    for axis, metric in zip(figure.axes, METRICS, strict=True):
+        for name, colour in (("preset", GREY), ("fast", BLUE)):
+            values = [run["curve"][-1][metric] for run in figures[name]["runs"]]
+            label = f"{name}, {figures[name]['evaluations']:.1f} evaluations"
+            axis.plot(range(len(values)), values, "o", color=colour, label=label)
+        titled(axis, metric, "seed", "percent")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.save(path)
+
+
+def judge(figures: dict[str, Any]) -> Verdict:
+    row = figures["fast"]
+    share = row["evaluations"] / figures["preset"]["evaluations"]
+    words = [f"{share:.0%} of the evaluations"]
+    for metric in METRICS:
+        mean, low, high = row["difference"][metric]
+        words.append(f"{metric} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+    return Verdict.of(all(holds(row, metric) for metric in METRICS), ", ".join(words))
