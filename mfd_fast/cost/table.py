@@ -86,7 +86,9 @@ def _families(run: Estimate) -> str:
 def _memory(run: Estimate) -> str:
     rows = [[name, f"{size / 1e9:.3f}"] for name, size in run.memory.items() if size]
     total = sum(run.memory.values())
-    return aligned(["memory", "GB"], [*rows, ["sum", f"{total / 1e9:.3f}"]])
+    table = aligned(["memory", "GB"], [*rows, ["sum", f"{total / 1e9:.3f}"]])
+    others = run.config.beside_the_updates().items()
+    return table + "".join(f"\nonly between updates: {name} {x / 1e9:.3f} GB" for name, x in others)
 
 
 def _fit(run: Estimate) -> str:
