@@ -77,6 +77,7 @@ ALL = [
     *named("profile", "bench.predict.cycles", PRESETS),
     Benchmark("predicted_memory", "bench.predict.predicted_memory"),
     Benchmark("predicted_time", "bench.predict.predicted_time"),
+    Benchmark("families", "bench.predict.families", needs=DIFFUSERS, file="families_estimate.json"),
     Benchmark("published_cost", "bench.predict.published_cost", needs=DIFFUSERS,
               file="published_cost.json"),
     Benchmark("table4", "bench.predict.table4", file="table4_estimate.json"),

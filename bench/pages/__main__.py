@@ -1,4 +1,4 @@
-"""Renders README's tables and docs/performance.md from the committed results, and nothing else.
+"""Renders tables of README and docs/families.md, and docs/performance.md, from committed results.
 
 python -m bench.pages            # writes them, and the pictures in docs/
 python -m bench.pages --check    # exit 1 if a page and the results differ
@@ -6,7 +6,7 @@ python -m bench.pages --check    # exit 1 if a page and the results differ
 
 import argparse
 
-from bench.pages import performance, readme
+from bench.pages import families, performance, readme
 
 
 def main() -> int:
@@ -15,6 +15,7 @@ def main() -> int:
     is_check = parser.parse_args().check
     before = readme.README.read_text()
     pages = {readme.README: readme.render(before), performance.PAGE: performance.render()}
+    pages[families.PAGE] = readme.render(families.PAGE.read_text(), ("families",))
     if is_check:
         return int(any(path.read_text() != text for path, text in pages.items()))
     for path, text in pages.items():

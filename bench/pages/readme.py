@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterable
 
+from bench.pages import families
 from bench.results import RESULTS, markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
 from mfd_fast.run.environment import ROOT
@@ -61,14 +63,14 @@ def operator_table() -> str:
     return f"{markdown(head, rows)}\n\n{caption}"
 
 
-TABLES = {"digits": digits_table, "operators": operator_table}
+TABLES = {"digits": digits_table, "operators": operator_table, "families": families.table}
 
 
-def render(text: str) -> str:
-    """README text with every table between its markers made anew."""
-    for name, make in TABLES.items():
+def render(text: str, tables: Iterable[str] = TABLES) -> str:
+    """A page's text with every one of its tables between its markers made anew."""
+    for name in tables:
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end table -->)", re.DOTALL)
-        assert pattern.search(text), f"README.md has no markers for the {name} table"
-        table = make()
+        assert pattern.search(text), f"there are no markers for the {name} table"
+        table = TABLES[name]()
         text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
     return text
