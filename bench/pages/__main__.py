@@ -1,4 +1,6 @@
-"""Renders the tables of README and docs/cost.md, and docs/performance.md, from committed results.
+"""Renders the tables of README, docs/cost.md and docs/families.md, and docs/performance.md.
+
+From the committed results, and nothing else.
 
 python -m bench.pages            # writes them, and the pictures in docs/
 python -m bench.pages --check    # exit 1 if a page and the results differ
@@ -6,7 +8,7 @@ python -m bench.pages --check    # exit 1 if a page and the results differ
 
 import argparse
 
-from bench.pages import cost, performance, readme
+from bench.pages import cost, families, performance, readme
 
 
 def main() -> int:
@@ -16,6 +18,7 @@ def main() -> int:
     before = readme.README.read_text()
     pages = {readme.README: readme.render(before), performance.PAGE: performance.render()}
     pages[cost.PAGE] = readme.render(cost.PAGE.read_text(), cost.TABLES)
+    pages[families.PAGE] = readme.render(families.PAGE.read_text(), families.TABLES)
     if is_check:
         return int(any(path.read_text() != text for path, text in pages.items()))
     for path, text in pages.items():

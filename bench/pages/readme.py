@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 
+from bench.pages import families
 from bench.results import markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
 from mfd_fast.run.environment import ROOT
@@ -32,7 +33,7 @@ def digits_table() -> str:
     return f"{markdown(['sampler', *(c[0] for c in columns)], rows)}\n\n{caption}"
 
 
-TABLES = {"digits": digits_table}
+TABLES = {"digits": digits_table, **families.TABLES}
 
 
 def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

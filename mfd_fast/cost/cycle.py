@@ -151,6 +151,33 @@ def trace_cycle(model: Shapes, config: DistillConfig, batch: int) -> CycleCost:
     return CycleCost(batch, phases, evaluations, persistent, trace.memory, gradients)
 
 
+def weighted_cycles(terms: list[tuple[int, CycleCost]]) -> CycleCost:
+    """The cycle whose work and bytes are the sum of those of others, each times its weight.
+
+    Exact where every part is linear in the weights: work, what stays, and the memory of a phase
+    that peaks at the same place in all of them.
+    """
+    if len(terms) == 1:
+        return terms[0][1]
+    first, memory = terms[0][1], Memory()
+    for name in first.memory.peak:
+        memory.peak[name] = sum(n * cycle.memory.peak[name] for n, cycle in terms)
+        memory.at_entry[name] = sum(n * cycle.memory.at_entry[name] for n, cycle in terms)
+
+    def together(field: str) -> dict[str, float]:
+        parts = [(n, getattr(cycle, field)) for n, cycle in terms]
+        return {name: sum(n * part[name] for n, part in parts) for name in parts[0][1]}
+
+    phases = {name: Work() for name in first.phases}
+    for n, cycle in terms:
+        for name, work in cycle.phases.items():
+            phases[name].add(work, n)
+    return CycleCost(
+        *(first.batch, phases, first.evaluations, together("persistent"), memory),
+        together("gradients"),
+    )
+
+
 def is_interval(config: DistillConfig) -> bool:
     """Whether ``Distiller`` trains by the objective: captured, and in many processes, if asked."""
     return config.objective in OBJECTIVES

@@ -10,7 +10,7 @@ Not counted: text encoding, decoding of images, evaluation, reading data.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -22,9 +22,10 @@ from mfd_fast.cost.cycle import (
     is_interval,
     moment_bytes,
     trace_cycle,
+    weighted_cycles,
 )
 from mfd_fast.cost.devices import COMPILED, EAGER, REPLAYED, Device, Efficiency
-from mfd_fast.cost.shapes import shapes_of
+from mfd_fast.cost.shapes import terms_of
 from mfd_fast.cost.trace import Work
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import run_is_captured, why_eager
@@ -182,14 +183,14 @@ def estimate(
             f"distill.objective={config.distill.objective!r} trains in one process: drop --gpus"
         )
     batch = config.train.batch_size
-    cycles = {policy: _trace(_with(config, activation=policy), batch) for policy in POLICIES}
+    cycles = cycles_of(config)
     cycle = cycles[config.train.activation]
     # Twice the micro-batches is half the rows at a time, so the double batch must double the rows.
-    double = _trace(config, 2 * batch)
+    double = cycle_of(config, 2 * batch)
     is_captured = run_is_captured(config, "cuda" if device.is_gpu else "cpu")
     size = partial(memory_of, is_captured=is_captured, has_context=device.is_gpu)
     here, twice = size(cycle), size(double)
-    profiles = sorted(_profiles(cycles, device, efficiency, size), key=lambda p: p.seconds)
+    profiles = profiles_of(cycles, device, efficiency, is_captured=is_captured)
     return Estimate(
         config=config,
         device=device,
@@ -269,30 +270,38 @@ def memory_of(cycle: CycleCost, *, is_captured: bool, has_context: bool) -> dict
     return memory
 
 
-def _trace(config: RunConfig, batch: int) -> CycleCost:
-    return trace_cycle(shapes_of(config), config.distill, batch)
+def cycle_of(config: RunConfig, batch: int) -> CycleCost:
+    """One cycle of a run at a batch size; errors of :func:`trace_cycle`."""
+    terms = [(n, trace_cycle(model, config.distill, batch)) for n, model in terms_of(config)]
+    return weighted_cycles(terms)
 
 
-def _with(config: RunConfig, **train: object) -> RunConfig:
-    return replace(config, train=replace(config.train, **train))
+def cycles_of(config: RunConfig) -> dict[str, CycleCost]:
+    """Activation policy -> one cycle of the run with it; without those that its network refuses."""
+    cycles = {}
+    for policy in POLICIES:
+        train = replace(config.train, activation=policy)
+        try:
+            cycles[policy] = cycle_of(replace(config, train=train), train.batch_size)
+        except ValueError:
+            if policy == config.train.activation:
+                raise
+    return cycles
 
 
-def _profiles(
-    cycles: dict[str, CycleCost],
-    device: Device,
-    efficiency: Efficiency,
-    memory_at: Callable[[CycleCost], dict[str, float]],
+def profiles_of(
+    cycles: dict[str, CycleCost], device: Device, efficiency: Efficiency, *, is_captured: bool
 ) -> list[Profile]:
-    """Every activation policy with every kind of optimizer state."""
+    """Every activation policy with every kind of optimizer state, the fastest first."""
     profiles = []
     for policy, cycle in cycles.items():
         seconds = total(cycle_phases(cycle, device, efficiency).values())
-        memory = memory_at(cycle)
+        memory = memory_of(cycle, is_captured=is_captured, has_context=device.is_gpu)
         numbers = _trained_numbers(cycle)
         for kind in OPTIMIZERS:
             size = sum(memory.values()) - memory["optimizer"] + numbers * moment_bytes(kind)
             profiles.append(Profile(policy, kind, cycle.batch, seconds, size))
-    return profiles
+    return sorted(profiles, key=lambda profile: profile.seconds)
 
 
 def _trained_numbers(cycle: CycleCost) -> float:

@@ -19,7 +19,17 @@ def shapes_of(config: RunConfig) -> Shapes:
 
     ``ValueError`` for a preset that its objective cannot train.
     """
-    model, objective = config.shapes(), needs_of(config.distill)
+    return _trained(config, config.shapes())
+
+
+def terms_of(config: RunConfig) -> list[tuple[int, Shapes]]:
+    """``config.terms()`` in the same way."""
+    return [(weight, _trained(config, model)) for weight, model in config.terms()]
+
+
+def _trained(config: RunConfig, model: Shapes) -> Shapes:
+    """The shapes with what the objective trains and nothing else."""
+    objective = needs_of(config.distill)
     if config.train.float8:
         use_float8(model.backbone)
     if not is_interval(config.distill):

@@ -156,7 +156,9 @@ def _memory(run: Estimate) -> str:
     parts = " + ".join(
         f"{name} {size / 1e9:.3g}" for name, size in run.memory.items() if size > 5e6
     )
-    return f"memory      {sum(run.memory.values()) / 1e9:.4g} GB: {parts}"
+    said = f"memory      {sum(run.memory.values()) / 1e9:.4g} GB: {parts}"
+    others = run.config.beside_the_updates().items()
+    return said + "".join(f"\nonly between updates: {name} {x / 1e9:.3f} GB" for name, x in others)
 
 
 def _fit(run: Estimate) -> str:

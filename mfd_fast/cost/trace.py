@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from mfd_fast.cost.operators import ALLOCATIONS, VIEWS, family_of, operations, tensors_of, traffic
 
@@ -120,7 +123,12 @@ class Trace(TorchDispatchMode):
         adapter_shares: phase -> rows with an adapter among the rows that ``segmented_lora`` gets; 1
             if it is not named.  The choice of rows is in a tensor and so has no value here.
         counts_work: False to watch the memory only.
+
+    To find the shape of a result without storage is most of a trace's time, and blocks of a network
+    repeat: what a call gave is remembered by its arguments' shapes.
     """
+
+    _known: ClassVar[dict[tuple, tuple[Any, Op | None]]] = {}
 
     def __init__(
         self, adapter_shares: Mapping[str, float] | None = None, *, counts_work: bool = True
@@ -162,19 +170,78 @@ class Trace(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in VIEWS:
             return func(*args, **kwargs)
+        call = _described((func, args, kwargs))
+        if call in self._known:
+            outputs, op = self._known[call]
+            out = tree_map_only(Made, Made.again, outputs)
+            for tensor in tensors_of(out):
+                self.memory.watch(tensor, self.current)
+        else:
+            out, op = self._ran(func, name, args, kwargs)
+            if call is not None and all(x.storage_offset() == 0 for x in tensors_of(out)):
+                self._known[call] = tree_map_only(Tensor, Made.of, out), op
+        if self.counts_work and op is not None:
+            self.record(self._here(op))
+        return out
+
+    def _ran(self, func: Any, name: str, args: tuple, kwargs: dict) -> tuple[Any, Op | None]:
+        """What the operator returns, and what it costs if it does anything."""
         given = {x.untyped_storage()._cdata for x in tensors_of((args, *kwargs.values()))}
         out = func(*args, **kwargs)
         made = [x for x in tensors_of(out) if x.untyped_storage()._cdata not in given]
         for tensor in made:
             self.memory.watch(tensor, self.current)
-        if self.counts_work and name not in ALLOCATIONS and (given or made):
-            self.record(self._op(name, args, kwargs, out))
-        return out
-
-    def _op(self, name: str, args: tuple, kwargs: dict, out: Any) -> Op:
+        if name in ALLOCATIONS or not (given or made):
+            return out, None
         first = next(tensors_of((args, *kwargs.values(), out)))
         flops, moved = operations(name, args, out), traffic(name, (args, *kwargs.values()), out)
-        if "segmented_lora" in name:
-            share = self.adapter_shares.get(self.current, 1.0)
-            flops, moved = flops * share, moved * share
-        return Op(name, family_of(name), first.dtype, flops, moved)
+        return out, Op(name, family_of(name), first.dtype, flops, moved)
+
+    def _here(self, op: Op) -> Op:
+        """The operator for the rows that have an adapter in this phase."""
+        if "segmented_lora" not in op.name:
+            return op
+        share = self.adapter_shares.get(self.current, 1.0)
+        return op._replace(flops=op.flops * share, bytes=op.bytes * share)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new tensor without its storage, so that remembering it keeps no memory alive."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: Tensor) -> "Made":
+        return Made(tuple(x.shape), x.stride(), x.dtype)
+
+    def again(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@lru_cache(maxsize=4096)
+def _makes_all_it_returns(func: Any) -> bool:
+    schema = func._schema
+    return not schema.is_mutable and all(x.alias_info is None for x in schema.returns)
+
+
+def _described(call: tuple[Any, tuple, dict]) -> tuple | None:
+    """What decides the result of a call on tensors without storage; None where its result cannot
+    be made again from that.
+    """
+    func, args, kwargs = call
+    tensors = list(tensors_of((args, *kwargs.values())))
+    is_plain = tensors and all(type(x) in (Tensor, Parameter) and x.is_meta for x in tensors)
+    if not is_plain or not _makes_all_it_returns(func):
+        return None
+    return func, _key(args), _key(tuple(kwargs.items()))
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    return type(value), value  # 1, 1.0 and True are equal, and their results are not

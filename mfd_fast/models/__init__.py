@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from mfd_fast.models.diffusers.published import preset_of
 from mfd_fast.run.config import RunConfig, from_dict, nearest, read_settings
 from mfd_fast.run.folder import CHECKPOINTS, CONFIG, STUDENT, RunFolder
 from mfd_fast.run.resume import check_teacher
@@ -32,6 +33,8 @@ def preset(name: str) -> RunConfig:
 
     ``ValueError`` lists the presets and the nearest one, or says why the class cannot be had.
     """
+    if (known := preset_of(name)) and not Path(name).is_dir():
+        return PRESETS[known]
     if name not in PRESETS and (Path(name).is_dir() or ("/" in name and ":" not in name)):
         from mfd_fast.models.diffusers.checkpoint import read_index
 

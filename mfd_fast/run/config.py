@@ -143,6 +143,16 @@ class RunConfig(Settings):
         """The config of the task, where that knows more: a guidance that a pipeline decides."""
         return self
 
+    def terms(self) -> "list[tuple[int, Shapes]]":
+        """Weights and shapes whose costs sum to those of :meth:`shapes`, for a family of networks
+        so deep that an estimate takes their blocks once and counts them.
+        """
+        return [(1, self.shapes())]
+
+    def beside_the_updates(self) -> dict[str, float]:
+        """Bytes, by name, of what is on the device only between updates, as far as known."""
+        return {}
+
     def shapes(self, device: str = "meta") -> "Shapes":
         """What is trained and on what, without the weights: for ``mfd-fast estimate``.
 

@@ -13,12 +13,16 @@ from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.cli import COMMANDS, command_of
 from mfd_fast.cli.parse import OF_METHODS, complaint
 from mfd_fast.models import PRESETS
+from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.run.config import leaves, to_dict
 
 FROZEN = Path(__file__).parents[1] / "data/commands.txt"
 # What is typed for each command, up to its options.
 LINES = [
-    f"{name} {sub}".strip() for name in COMMANDS for sub in (command_of(name).names or {"": ""})
+    f"{name} {sub}".strip()
+    for name in COMMANDS
+    for sub in (command_of(name).names or {"": ""})
+    if sub not in PUBLISHED  # the settings of pipeline
 ]
 
 

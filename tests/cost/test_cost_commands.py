@@ -137,7 +137,7 @@ def test_samples_of_every_student_update_of_a_cycle_count():
 def traced_once(monkeypatch):
     """The same shapes are traced once for several devices."""
     module = importlib.import_module("mfd_fast.cost.estimate")
-    trace, known = module._trace, {}
+    trace, known = module.cycle_of, {}
 
     def remembered(config, batch):
         key = (config, batch)
@@ -145,7 +145,7 @@ def traced_once(monkeypatch):
             known[key] = trace(config, batch)
         return known[key]
 
-    monkeypatch.setattr(module, "_trace", remembered)
+    monkeypatch.setattr(module, "cycle_of", remembered)
 
 
 def test_the_guide_shows_what_the_commands_print(traced_once):

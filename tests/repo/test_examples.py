@@ -51,7 +51,7 @@ def run(arguments, folder, path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_at_most_thirty_added_lines(path):
     added = [line for line in path.read_text().splitlines() if "# mfd" in line]
-    assert 0 < len(added) <= 30
+    assert 0 < len(added) <= (10 if path.stem == "diffusers_accelerate" else 30)
 
 
 # As written, outside the checkout ------------------------------------------------------------
@@ -115,9 +115,9 @@ def test_the_student_is_trained(name, tmp_path, monkeypatch):
 
 def test_the_adapter_is_trained_and_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = load(example("diffusers_accelerate")).main(updates=8)
+    state = load(example("diffusers_accelerate")).main(updates=12)
     assert any(bool(tensor.any()) for key, tensor in state.items() if "lora_B" in key)
-    saved = load_file("pytorch_lora_weights.safetensors")
+    saved = load_file("student/student.safetensors")
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[key], state[key]) for key in state)
 
@@ -140,8 +140,9 @@ def test_under_autocast():
 
 
 def on_two(name, folder, **options):
-    """What both processes of an example ended with."""
-    worker = [TESTS / "example_worker.py", example(name), folder, json.dumps(options)]
+    """What both processes of an example, or of a file like one, ended with."""
+    path = name if isinstance(name, Path) else example(name)
+    worker = [TESTS / "example_worker.py", path, folder, json.dumps(options)]
     run([*TWO, *worker], folder, ROOT)
     first, second = (load_file(folder / f"{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys()
@@ -188,8 +189,22 @@ def test_two_processes_equal_one(name, options, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_of_accelerate_have_one_adapter(tmp_path):
-    state = on_two("diffusers_accelerate", tmp_path, updates=8)
+    state = on_two("diffusers_accelerate", tmp_path, updates=12)
     assert any(bool(tensor.any()) for key, tensor in state.items() if "lora_B" in key)
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_library_form_are_one_with_the_doubled_batch(tmp_path):
+    pytest.importorskip("peft")
+    path = TESTS / "library_student.py"
+    shared = on_two(path, tmp_path, updates=6)
+    whole, half = (load(path).main(updates=6, world=world) for world in (1, 2))
+    whole, half, shared = (
+        torch.cat([s[key].flatten() for key in sorted(s)]) for s in (whole, half, shared)
+    )
+    moved = (whole - half).norm()
+    assert moved > 0
+    assert (shared - whole).norm() < 1e-3 * moved
 
 
 # Lightning -----------------------------------------------------------------------------------

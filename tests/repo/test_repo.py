@@ -179,7 +179,10 @@ def test_public_signatures(function):
 
 
 def test_readme_tables_are_what_the_results_say():
+    from bench.pages import families
     from bench.pages.readme import README, render
 
     text = README.read_text()
     assert render(text) == text, "run: python -m bench.pages"
+    text = families.PAGE.read_text()
+    assert render(text, ("families",)) == text, "run: python -m bench.pages"

@@ -27,8 +27,13 @@ def backbone_of(
     """Teacher, auxiliary and student as adapters of the pipeline's network, which is frozen.
 
     Args: those of ``AdapterBank`` and ``SharedBackbone``; alpha is the rank and targets are the
-    family's if None.
+    family's if None.  ``ValueError`` for an activation policy that its blocks do not allow.
     """
+    if activation not in family.activations:
+        raise ValueError(
+            f"train.activation must be {' or '.join(family.activations)} for "
+            f"{type(family.pipe).__name__}, got {activation!r}"
+        )
     network = FamilyNetwork(family)
     bank = AdapterBank(
         network,

@@ -1,5 +1,7 @@
 """Bria 3.2: FLUX.1's layout, told 1000 t, the null condition is zeros."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ class Bria(Packed):
 
     The pipeline has no LoRA loader: ``pipe.transformer.load_lora_adapter`` takes the file.
     """
+
+    comfyui: ClassVar = None
 
     def unit(self) -> int:
         return self.pipe.vae_scale_factor  # which counts the packing already

@@ -23,6 +23,10 @@ pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda
 pipe.load_lora_weights(".", weight_name="{weights}")  # "." is this folder
 {scheduler}image = pipe("a prompt", {call}).images[0]
 ```
+{comfyui}"""
+COMFYUI = """
+ComfyUI (layers named by its public map; not run there): load `{file}` at strength 1, sample with
+`euler` on the sigmas {nodes}, cfg 1.
 """
 SCHEDULER = 'pipe.scheduler = type(pipe.scheduler).from_pretrained(".")\n'
 
@@ -32,6 +36,7 @@ def write_card(
     *,
     base: str,
     weights: str,
+    comfyui: str,
     pipeline: str,
     size: tuple[int, int],
     sampler: StudentSampler,
@@ -42,16 +47,19 @@ def write_card(
         path: of README.md, beside the other files.
         base: hub id, or the name of a local folder.
         weights: the file that is added to the base.
+        comfyui: the file that ComfyUI reads, or empty.
         pipeline: class of the base.
         size: height and width in pixels.
         sampler: of the student.
     """
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
+    nodes = " ".join(f"{node:.4f}" for node in sampler.schedule.nodes)
     text = CARD.format(
         base=base,
         steps=call["num_inference_steps"],
         pipeline=pipeline,
         weights=weights,
+        comfyui=COMFYUI.format(file=comfyui, nodes=nodes) if comfyui else "",
         scheduler=SCHEDULER if sampler.scheduler is not None else "",
         call=", ".join(f"{name}={value!r}" for name, value in call.items()),
     )

@@ -16,6 +16,7 @@ class Chroma(Packed):
     pipeline, so it does here too.
     """
 
+    why_eager: ClassVar = "diffusers makes a tensor on the host in every call"
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
 
     def encode_text(self, prompts: list[str]) -> Cond:
@@ -25,6 +26,10 @@ class Chroma(Packed):
             max_sequence_length=self.default("max_sequence_length"),
         )
         return {"text": text, "mask": mask}
+
+    def blank(self, rows: int) -> Cond:
+        cond = super().blank(rows)
+        return cond | {"mask": self.zeros(*cond["text"].shape[:2])}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         mask = cond["mask"]

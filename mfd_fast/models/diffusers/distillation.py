@@ -21,12 +21,11 @@ from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.family import Cond, family_of
 from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.sampler import student_sampler
+from mfd_fast.models.diffusers.student import save_student
 from mfd_fast.models.diffusers.teacher_lora import merge_teacher_lora
-from mfd_fast.models.sana.lora_files import Lora, save_diffusers_lora
 from mfd_fast.run.config import Capture
+from mfd_fast.run.folder import STUDENT
 from mfd_fast.run.maker import make_distiller
-
-STUDENT, WITH_TEACHER = "student.safetensors", "student_with_teacher_lora.safetensors"
 
 
 class Distillation:
@@ -67,7 +66,7 @@ class Distillation:
         cond = self._some_prompt() if cond is None else cond
         probe(self.family, cond)
         self.sampler = student_sampler(self.family, cond, steps)
-        capture = "off" if self.family.reads_device and capture == "auto" else capture
+        capture = "off" if self.family.why_eager and capture == "auto" else capture
         self.distiller = make_distiller(
             self.backbone, self.config, capture=capture, schedule=self.sampler.schedule
         )
@@ -134,24 +133,16 @@ class Distillation:
         return self.distiller.generate(noise.to(self.family.device), cond)
 
     def save(self, folder: str | Path) -> list[Path]:
-        """The student's LoRA, for the plain base too if the teacher has one, and the scheduler's
-        configuration if the pipeline's own will not do; the files.
-        """
+        """The student's files (``student.save_student``)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        base = self.family.pipe.config.get("_name_or_path") or type(self.family.pipe).__name__
         with self.distiller.averaged_student():
-            bank = Lora.of(self.backbone.adapters, "student").factors
-        lora = Lora({name.removeprefix("transformer."): pair for name, pair in bank.items()})
-        files = {folder / STUDENT: lora}
-        if self.teacher_lora is not None:
-            files[folder / WITH_TEACHER] = lora.stacked_on(self.teacher_lora)
-        call = ", ".join(f"{name}={value!r}" for name, value in self.sampler.call.items())
-        for file, content in files.items():
-            save_diffusers_lora(content, file, description=f"student; pipe(prompt, {call})")
-        if self.sampler.scheduler is not None:
-            self.sampler.scheduler.save_config(folder)
-            return [*files, folder / "scheduler_config.json"]
-        return list(files)
+            return save_student(
+                *(self.backbone.adapters, folder / STUDENT, self.family, self.sampler),
+                base=base,
+                teacher_lora=self.teacher_lora,
+            )
 
 
 def distillation(pipe: Any, **options: Any) -> Distillation:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.backbones.activation import POLICIES
 from mfd_fast.backbones.networks import Patterns
 
 # Class in model_index.json -> module of this folder and its adapter.
@@ -81,8 +82,16 @@ class Family:
     """Further arguments of every call of the pipeline."""
     patch: ClassVar[int] = 2
     """Latent pixels of one token, along a side."""
-    reads_device: ClassVar[str] = ""
+    why_eager: ClassVar[str] = ""
     """Why updates cannot be CUDA graphs, if they cannot."""
+    activations: ClassVar[tuple[str, ...]] = POLICIES
+    """Activation policies that its blocks allow."""
+    text_length: ClassVar[int | None] = None
+    """Tokens of a text in an estimate; None: of every text, the default of the pipeline's call."""
+    comfyui: ClassVar[dict[str, tuple[str, ...]] | None] = {}
+    """ComfyUI's layers and those here that are one there, {} for the number of a block; empty: it
+    reads files under diffusers' names; None: not known.
+    """
     combine: Callable[[Tensor, Tensor, float], Tensor] | None = None
     """(v_cond, v_uncond, scale) -> guided velocity, where that is not linear."""
 
@@ -176,6 +185,18 @@ class Family:
 
     def set_modes(self, transformer: nn.Module) -> None:
         """What an evaluated network needs besides eval mode for right gradients."""
+
+    def blank(self, rows: int) -> Cond:
+        """A condition of zeros for estimates, its leaves as :meth:`encode` makes them."""
+        length = self.text_length or self.default("max_sequence_length")
+        return {"text": self.zeros(rows, length, self.config.joint_attention_dim)}
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Where the network is, and in its dtype if none is given."""
+        return torch.zeros(*shape, dtype=dtype or self.pipe.transformer.dtype, device=self.device)
+
+    def without_values(self, transformer: nn.Module) -> None:
+        """Make the network's work the same for all values, so that it runs on ``meta``."""
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for these conditions and the scale."""

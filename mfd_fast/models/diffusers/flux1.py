@@ -25,6 +25,10 @@ class Flux1(Packed):
         )
         return {"text": text, "pooled": pooled}
 
+    def blank(self, rows: int) -> Cond:
+        pooled = self.zeros(rows, self.config.pooled_projection_dim)
+        return super().blank(rows) | {"pooled": pooled}
+
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         guidance: dict[str, Any] = {}
         if self.config.guidance_embeds:

@@ -19,6 +19,21 @@ class Flux2(Packed):
         r"transformer\.(transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))"
     )
+    comfyui: ClassVar = {
+        **{
+            f"double_blocks.{{}}.{side}_attn.qkv": tuple(
+                f"transformer_blocks.{{}}.attn.{name}" for name in names
+            )
+            for side, names in {
+                "img": ("to_q", "to_k", "to_v"),
+                "txt": ("add_q_proj", "add_k_proj", "add_v_proj"),
+            }.items()
+        },
+        "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+        "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+        "single_blocks.{}.linear1": ("single_transformer_blocks.{}.attn.to_qkv_mlp_proj",),
+        "single_blocks.{}.linear2": ("single_transformer_blocks.{}.attn.to_out",),
+    }
     has_null: ClassVar = False
 
     def encode_text(self, prompts: list[str]) -> Cond:

@@ -1,8 +1,10 @@
 """HiDream-I1 Full: four text encoders, told 1000 t, answers -v, experts that read the device."""
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond, Family
@@ -20,7 +22,8 @@ class HiDream(Family):
         "llama": "prompt_embeds_llama3",
         "pooled": "pooled_prompt_embeds",
     }
-    reads_device: ClassVar = "the experts' loads are read from the device"
+    activations: ClassVar = ("none", "block")  # experts of other sizes are no recomputation
+    why_eager: ClassVar = "the experts' loads are read from the device"
 
     def __init__(self, pipe: Any, **options: Any):
         super().__init__(pipe, **options)
@@ -47,6 +50,25 @@ class HiDream(Family):
             if type(module).__name__ == "MOEFeedForwardSwiGLU":
                 module.training = True
 
+    def blank(self, rows: int) -> Cond:
+        config, length = self.config, self.default("max_sequence_length")
+        t5, llama = config.caption_channels
+        layers = max(config.llama_layers) + 1
+        return {
+            "t5": self.zeros(rows, length, t5),
+            "llama": self.zeros(rows, layers, length, llama),
+            "pooled": self.zeros(rows, config.text_emb_dim),
+        }
+
+    def without_values(self, transformer: nn.Module) -> None:
+        """As many tokens for every expert, and the sizes of images told, not read."""
+        apart = transformer.unpatchify
+        sizes = (self.rows, self.columns)
+        transformer.unpatchify = lambda x, _, training: apart(x, [sizes] * len(x), training)
+        for module in transformer.modules():
+            if type(module).__name__ == "MOEFeedForwardSwiGLU":
+                module.forward = partial(_balanced, module)
+
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return -transformer(
             hidden_states=x,
@@ -61,3 +83,13 @@ class HiDream(Family):
         given = super().call(cond, null)
         given |= {name: leaf.transpose(0, 1) for name, leaf in given.items() if "llama" in name}
         return given
+
+
+def _balanced(moe: Any, x: Tensor) -> Tensor:
+    """What the layer does, the first expert getting the first of the tokens."""
+    weight = moe.gate(x)[1]
+    tokens = x.flatten(0, -2).repeat_interleave(moe.num_activated_experts, dim=0)
+    parts = tokens.chunk(len(moe.experts))
+    y = torch.cat([expert(part) for expert, part in zip(moe.experts, parts, strict=True)])
+    y = (y.view(*weight.shape, -1) * weight.unsqueeze(-1)).sum(dim=1)
+    return y.view(x.shape) + moe.shared_experts(x)

@@ -12,6 +12,8 @@ from mfd_fast.models.diffusers.packed import Packed, by_channel
 class Krea2(Packed):
     """cond: ``text [B, L, layers, C]`` and ``mask [B, L]``."""
 
+    comfyui: ClassVar = None
+    text_length: ClassVar = 256
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
 
     @property
@@ -27,6 +29,11 @@ class Krea2(Packed):
             prompts, max_sequence_length=self.default("max_sequence_length")
         )
         return {"text": text, "mask": mask}
+
+    def blank(self, rows: int) -> Cond:
+        config, length = self.config, self.text_length
+        text = self.zeros(rows, length, config.num_text_layers, config.text_hidden_dim)
+        return {"text": text, "mask": self.zeros(rows, length, dtype=torch.bool)}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         ids = self.ids(t, cond["text"])

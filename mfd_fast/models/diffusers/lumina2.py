@@ -1,11 +1,24 @@
 """Lumina-Image 2: told 1 - t, answers -v; guidance keeps the length of every row of pixels."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond, Family
+
+
+class AllTrue(Tensor):
+    """A mask whose sums are known without its values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.sum:
+            return torch.full(out.shape, args[0].shape[-1])
+        if isinstance(out, AllTrue) and out.dtype != torch.bool:
+            return out.as_subclass(Tensor)
+        return out
 
 
 class Lumina2(Family):
@@ -15,7 +28,17 @@ class Lumina2(Family):
     """
 
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
-    reads_device: ClassVar = "the lengths of the prompts are read from the device"
+    comfyui: ClassVar = {
+        f"{stack}.{{}}.{theirs}": tuple(f"{stack}.{{}}.{name}" for name in ours)
+        for stack in ("layers", "noise_refiner", "context_refiner")
+        for theirs, ours in {
+            "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "attention.out": ("attn.to_out.0",),
+            **{f"feed_forward.w{n}": (f"feed_forward.linear_{n}",) for n in (1, 2, 3)},
+            "adaLN_modulation.1": ("norm1.linear",),
+        }.items()
+    }
+    why_eager: ClassVar = "the lengths of the prompts are read from the device"
 
     def encode_text(self, prompts: list[str]) -> Cond:
         return self._encoded(prompts, is_guided=False)[0]
@@ -29,6 +52,11 @@ class Lumina2(Family):
             prompts, is_guided, max_sequence_length=self.default("max_sequence_length")
         )
         return [{"text": made[i], "mask": made[i + 1]} for i in (0, 2)]
+
+    def blank(self, rows: int) -> Cond:
+        length = self.default("max_sequence_length")
+        mask = self.zeros(rows, length, dtype=torch.bool).as_subclass(AllTrue)
+        return {"text": self.zeros(rows, length, self.config.cap_feat_dim), "mask": mask}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return -transformer(

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.models.sana.presets import IMAGES, PAPER
 from mfd_fast.run.config import RunConfig, TrainConfig
 from mfd_fast.settings import Count, Number, Positive, Settings
 
 if TYPE_CHECKING:
     from mfd_fast.models.diffusers.task import PipelineTask
+    from mfd_fast.run.task import Shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,42 @@ class PipelineRun(RunConfig):
         return PipelineTask(self)
 
     def resolved(self) -> RunConfig:
-        return self.task().config
+        from mfd_fast.models.diffusers.shapes import engine_config, outlined
+
+        return engine_config(self, outlined(self))
+
+    def shapes(self, device: str = "meta") -> "Shapes":
+        from mfd_fast.models.diffusers.shapes import pipeline_shapes
+
+        return pipeline_shapes(self, device)
+
+    def terms(self) -> "list[tuple[int, Shapes]]":
+        from mfd_fast.models.diffusers.shapes import pipeline_terms
+
+        return pipeline_terms(self)
+
+    def beside_the_updates(self) -> dict[str, float]:
+        from mfd_fast.models.diffusers.shapes import beside_the_updates
+
+        return beside_the_updates(self)
 
 
 # SANA's settings with Euler steps; the guidance is the pipeline's (docs/families.md).
+PIPELINE = PipelineRun(
+    preset="pipeline",
+    num_eval_samples=IMAGES,
+    distill=replace(PAPER, guidance=1.0, student_solver="euler"),
+    train=TrainConfig(updates=3000),
+)
 PRESETS = (
-    PipelineRun(
-        preset="pipeline",
-        num_eval_samples=IMAGES,
-        distill=replace(PAPER, guidance=1.0, student_solver="euler"),
-        train=TrainConfig(updates=3000),
+    PIPELINE,
+    *(
+        replace(
+            PIPELINE,
+            preset=name,
+            teacher=model.model,
+            pipeline=PipelineSettings(revision=model.revision),
+        )
+        for name, model in PUBLISHED.items()
     ),
 )

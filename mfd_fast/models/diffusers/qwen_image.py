@@ -17,6 +17,8 @@ class QwenImage(Packed):
     """
 
     scale_name: ClassVar = "true_cfg_scale"
+    why_eager: ClassVar = "diffusers makes a tensor on the host in every call"
+    text_length: ClassVar = 256
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
 
     @torch.no_grad()
@@ -35,6 +37,10 @@ class QwenImage(Packed):
         )
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         return {"text": text, "mask": mask}
+
+    def blank(self, rows: int) -> Cond:
+        cond = super().blank(rows)
+        return cond | {"mask": self.zeros(*cond["text"].shape[:2], dtype=torch.bool)}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

@@ -15,6 +15,7 @@ class Sana(Family):
     """
 
     targets: ClassVar = ("to_q", "to_k", "to_v")
+    comfyui: ClassVar = None  # the preset sana-1.6b writes that file
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
     extra: ClassVar = {"use_resolution_binning": False}
 
@@ -41,6 +42,10 @@ class Sana(Family):
             complex_human_instruction=instruction,
         )
         return {"text": text, "mask": mask}
+
+    def blank(self, rows: int) -> Cond:
+        text = self.zeros(rows, self.default("max_sequence_length"), self.config.caption_channels)
+        return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.bool)}
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         return super().call(cond, null) | {"negative_prompt": None}  # "" by default

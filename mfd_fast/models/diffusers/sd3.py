@@ -15,6 +15,7 @@ class StableDiffusion3(Family):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     hands_sigmas: ClassVar = False
+    text_length: ClassVar = 77 + 256
     names: ClassVar = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
 
     def encode_text(self, prompts: list[str]) -> Cond:
@@ -26,6 +27,10 @@ class StableDiffusion3(Family):
             max_sequence_length=self.default("max_sequence_length"),
         )
         return {"text": text, "pooled": pooled}
+
+    def blank(self, rows: int) -> Cond:
+        pooled = self.zeros(rows, self.config.pooled_projection_dim)
+        return super().blank(rows) | {"pooled": pooled}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

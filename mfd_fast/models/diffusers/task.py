@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,6 @@ from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.integrate import generate
 from mfd_fast.flow.times import Schedule
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
-from mfd_fast.models.diffusers.card import write_card
 from mfd_fast.models.diffusers.checkpoint import (
     CONFIGS,
     check_parts,
@@ -32,14 +30,15 @@ from mfd_fast.models.diffusers.checkpoint import (
     same_lora,
     visiting,
 )
-from mfd_fast.models.diffusers.distillation import WITH_TEACHER
 from mfd_fast.models.diffusers.family import Cond, Family, family_of
 from mfd_fast.models.diffusers.presets import PipelineRun
 from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.record import record
 from mfd_fast.models.diffusers.sampler import StudentSampler, student_sampler
+from mfd_fast.models.diffusers.shapes import check_teacher, engine_config, options_of
+from mfd_fast.models.diffusers.student import save_student
 from mfd_fast.models.diffusers.text import HostText
-from mfd_fast.models.sana.lora_files import Lora, save_diffusers_lora
+from mfd_fast.models.sana.lora_files import Lora
 from mfd_fast.models.sana.text.prompts import Prompts, open_prompts
 from mfd_fast.pictures.rows import image_rows
 from mfd_fast.run.folder import STUDENT, RunFolder
@@ -69,18 +68,13 @@ class PipelineTask(Task):
     def __init__(self, config: PipelineRun):
         super().__init__(config)
         self.settings = config.pipeline
-        if not config.teacher:
-            raise ValueError(
-                "preset pipeline needs a model: mfd-fast distill MODEL --prompts FILE, MODEL the "
-                "folder or hub id of a diffusers pipeline"
-            )
+        check_teacher(config)
         if config.distill.student_solver != "euler":
             raise ValueError(
                 "distill.student_solver must be euler, the step of the pipelines' schedulers; got "
                 f"{config.distill.student_solver!r}"
             )
-        height, width = parse_resolution(self.settings.resolution)
-        self.options = {"height": height, "width": width, "scale": self.settings.guidance}
+        self.options = options_of(self.settings)
         revision = self.settings.revision or None
         self.folder, self.index = read_index(config.teacher, revision, CONFIGS)
         self.is_local = Path(config.teacher).is_dir()
@@ -89,7 +83,7 @@ class PipelineTask(Task):
             lora_files(self.settings.teacher_lora)
         outlined = family_of(outline(self.folder, self.index), **self.options)
         self.config = engine_config(config, outlined)
-        self.shape = outlined.sample_shape
+        self.shape, self.why_eager = outlined.sample_shape, outlined.why_eager
         self.teacher_lora: Lora | None = None  # read with the weights
 
     def check(self) -> dict[str, str]:
@@ -100,6 +94,9 @@ class PipelineTask(Task):
             "prompts": f"{self.settings.prompts}, {len(self.prompts):,} prompts, encoded once",
             "latents": " x ".join(map(str, self.shape)),
         }
+        if self.why_eager:
+            how = f"eager ({self.why_eager}), activations {self.config.train.activation}"
+            found["step"] = how
         if self.settings.teacher_lora:
             found["teacher LoRA"] = self.settings.teacher_lora
         return found | pictures()
@@ -189,28 +186,12 @@ class PipelineTask(Task):
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
         with distiller.averaged_student():
-            lora = Lora.of(distiller.backbone.adapters, "student")
-        factors = {name.removeprefix("transformer."): pair for name, pair in lora.factors.items()}
-        lora, base = Lora(factors), self._base()
-        files = {path: (lora, base)}
-        if self.teacher_lora is not None:
-            below = f"{base} with {self.settings.teacher_lora}"
-            both = lora.stacked_on(self.teacher_lora)
-            files = {path: (lora, below), path.with_name(WITH_TEACHER): (both, base)}
-        for file, (content, below) in files.items():
-            about = f"student of {below}, to be added to it at strength 1"
-            save_diffusers_lora(content, file, description=about)
-        if self.sampler.scheduler is not None:
-            self.sampler.scheduler.save_pretrained(path.parent)
-        weights = path.name if self.teacher_lora is None else WITH_TEACHER
-        write_card(
-            path.with_name("README.md"),
-            base=base,
-            weights=weights,
-            pipeline=self.index["_class_name"],
-            size=(self.family.height, self.family.width),
-            sampler=self.sampler,
-        )
+            save_student(
+                *(distiller.backbone.adapters, path, self.family, self.sampler),
+                base=self.config.teacher,
+                teacher_lora=self.teacher_lora,
+                teacher_files=self.settings.teacher_lora,
+            )
 
     def evaluate(self, run: RunFolder, num_samples: int) -> list[dict[str, Any]]:
         """Teacher and student from the same noise and prompts.
@@ -287,10 +268,6 @@ class PipelineTask(Task):
     def _any_cond(self) -> Cond:
         return {name: leaf[:1].cpu() for name, leaf in self.text.next_cond(0).items()}
 
-    def _base(self) -> str:
-        path = Path(self.config.teacher)
-        return path.name if path.is_dir() else self.config.teacher
-
     def _load_student(self, run: RunFolder) -> None:
         """The adapter of the run's file, as its readers have it."""
         bank = self.backbone().adapters
@@ -338,33 +315,3 @@ class PipelineTask(Task):
         with visiting([self.family.pipe.vae], self.device):
             images = torch.cat([self.family.decode(row).cpu() for row in latents.split(1)])
         return (images.float() * 255).round().to(torch.uint8)
-
-
-def parse_resolution(text: str) -> tuple[int | None, int | None]:
-    """Height and width of HxW, or of one number for both; None where empty."""
-    if not text:
-        return None, None
-    found = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", text)
-    if not found:
-        raise ValueError(
-            f"pipeline.resolution must be HxW in pixels, such as 1024x768; got {text!r}"
-        )
-    return int(found.group(1)), int(found.group(2) or found.group(1))
-
-
-def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
-    """The config with the guidance as the engine means it, and what the family cannot do off.
-
-    ``ValueError`` for a guidance that was given in the engine's place, or ``train.capture on``.
-    """
-    distill, train = config.distill, config.train
-    if distill.guidance not in (1.0, family.guidance):
-        raise ValueError(
-            f"distill.guidance follows from the pipeline's scale and must be {family.guidance:g} "
-            f"here, got {distill.guidance:g}; give the scale with --guidance"
-        )
-    if family.reads_device:
-        if train.capture == "on":
-            raise ValueError(f"train.capture must be auto or off here: {family.reads_device}")
-        train = replace(train, capture="off")
-    return replace(config, distill=replace(distill, guidance=family.guidance), train=train)

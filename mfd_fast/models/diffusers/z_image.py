@@ -14,7 +14,9 @@ class ZImage(Family):
     count as text.  Keep ``length`` on the CPU, where it is read.
     """
 
-    reads_device: ClassVar = "the lengths of the prompts are Python numbers, fixed at capture"
+    why_eager: ClassVar = "the lengths of the prompts are Python numbers, fixed at capture"
+
+    text_length: ClassVar = 128
 
     @property
     def guidance(self) -> float:
@@ -42,6 +44,10 @@ class ZImage(Family):
         )
         length = torch.tensor([len(row) for row in rows])
         return {"text": pad_sequence(rows, batch_first=True), "length": length}
+
+    def blank(self, rows: int) -> Cond:
+        text = self.zeros(rows, self.text_length, self.config.cap_feat_dim)
+        return {"text": text, "length": torch.full((rows,), self.text_length)}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         frames = list(x.unsqueeze(2).unbind())

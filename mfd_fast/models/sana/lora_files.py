@@ -82,16 +82,24 @@ def save_diffusers_lora(lora: Lora, path: str | Path, *, description: str) -> No
     save_file(state, path, metadata=_header(description) | {METADATA_KEY: json.dumps(config)})
 
 
-def save_comfyui_lora(lora: Lora, path: str | Path, *, description: str) -> None:
+def save_comfyui_lora(
+    lora: Lora,
+    path: str | Path,
+    *,
+    description: str,
+    wholes: Mapping[str, tuple[str, ...]] | None = None,
+) -> None:
     """The same under ComfyUI's keys ``diffusion_model.LAYER.lora_{down,up}.weight``, alpha = r.
 
     Layers that are one there (qkv, kv) get stacked A and block-diagonal B, with zeros for those
-    that have no adapter.  ``ValueError`` names a layer that SANA does not have.
+    that have no adapter.
+
+    Args:
+        wholes: ComfyUI's layer -> those of the LoRA that are it; SANA's if None.
+
+    ``ValueError`` names a layer that SANA does not have.
     """
-    wholes = {}
-    for name in lora.factors:
-        theirs, parts = original_layer(name)
-        wholes[theirs] = parts
+    wholes = dict(map(original_layer, lora.factors)) if wholes is None else wholes
     state = {}
     for theirs, parts in wholes.items():
         a, b = _fused([lora.factors.get(part) for part in parts])

@@ -60,13 +60,15 @@ def test_the_folder_gives_our_samples_in_the_stock_pipeline(name, tmp_path):
     call = {k: v for k, v in student.sampler.call.items() if k != "num_inference_steps"}
     pipe = tiny_pipeline(name)
     pipe.load_lora_weights(str(tmp_path / "student" / "student_with_teacher_lora.safetensors"))
-    if written[-1].suffix == ".json":
-        pipe.scheduler = type(pipe.scheduler).from_config(json.loads(written[-1].read_text()))
+    scheduler = tmp_path / "student" / "scheduler_config.json"
+    if scheduler in written:
+        pipe.scheduler = type(pipe.scheduler).from_config(json.loads(scheduler.read_text()))
     student.family.pipe = pipe
     theirs = record_call(student.family, noise, 2, prompt=list(PROMPTS), **call)
     assert theirs.schedule == student.sampler.schedule
     assert (ours - theirs.end).abs().max() < BOUND
-    assert (written[-1].suffix == ".json") == (name == "qwen-image")
+    assert (scheduler in written) == (name == "qwen-image")
+    assert 'weight_name="student_with_teacher_lora' in (scheduler.parent / "README.md").read_text()
     assert all(key.startswith("transformer.") for key in load_file(written[0]))
 
 

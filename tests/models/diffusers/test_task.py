@@ -70,6 +70,12 @@ def test_a_run_leaves_a_lora_pictures_and_a_card(name, runs):
     assert ("scheduler" in card) == (run / "scheduler_config.json").is_file() == (name != "sd3")
 
 
+def test_the_start_says_which_updates_run_eagerly_and_why(models, prompts, capsys):
+    for name, why in {"sd3": "", "qwen-image": "diffusers makes a tensor on the host"}.items():
+        found = settings(models / name, prompts).task().check()
+        assert found.get("step", "").startswith(f"eager ({why}" if why else "")
+
+
 @pytest.mark.parametrize("name", [*NAMES, ON_LORA])
 def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, models):
     """Its LoRA, its scheduler and the arguments that it types, against our own network."""
@@ -212,6 +218,45 @@ def test_what_is_refused_before_anything_is_loaded(models, prompts, tmp_path, ca
         capsys, sd3, *text, "--resolution", "64x64", "--distill.guidance", "2"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(models, tmp_path, monkeypatch):
+    """A cache of the hub that holds ``owner/NAME``, and no network."""
+    from huggingface_hub import constants
+
+    for name in NAMES:
+        place = tmp_path / f"models--owner--{name}"
+        shutil.copytree(models / name, place / "snapshots" / ("0" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_hub_id_is_the_folder_of_its_cache(hub, models, prompts, tmp_path, capsys):
+    config = settings("owner/sd3", prompts)
+    assert (config.preset, config.teacher) == ("pipeline", "owner/sd3")
+    there, here = config.task(), settings(models / "sd3", prompts).task()
+    assert there.shape == here.shape
+    ours, theirs = (task.family.pipe.transformer.state_dict() for task in (there, here))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    said = refused(capsys, "owner/nothing", "--prompts", prompts, "--out", tmp_path / "out")
+    assert "neither in the Hugging Face cache nor could it be fetched" in said
+
+
+def test_a_sana_pipeline_goes_to_its_own_network(tmp_path):
+    from mfd_fast.models.sana.presets import SanaRun
+    from mfd_fast.models.sana.tiny import make_tiny_checkpoint
+
+    folder = make_tiny_checkpoint(tmp_path)
+    config = preset(str(folder))
+    assert isinstance(config, SanaRun)
+    assert (config.preset, config.teacher) == ("sana-1.6b", str(folder))
+
+
+def test_a_published_hub_id_is_its_preset():
+    assert preset("Qwen/Qwen-Image") == preset("qwen-image")
 
 
 def test_a_lora_of_another_model_is_refused(models, prompts, runs, tmp_path, capsys):

@@ -1,0 +1,175 @@
+"""A pipeline's run without its weights: what an estimate and the settings need."""
+
+import inspect
+import re
+from copy import copy, deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import nn
+
+from mfd_fast.backbones.networks import names_of
+from mfd_fast.models.diffusers.backbone import backbone_of
+from mfd_fast.models.diffusers.checkpoint import CONFIGS, INDEX, outline, quiet, read_index
+from mfd_fast.models.diffusers.family import Family, family_of
+from mfd_fast.models.diffusers.presets import PipelineRun, PipelineSettings
+from mfd_fast.models.diffusers.published import Published, published
+from mfd_fast.run.task import Shapes
+
+BF16_BYTES = 2
+FEW = 2  # with one, the memory of a phase could peak at another place than with all
+
+
+@quiet()
+def published_pipeline(model: Published) -> Any:
+    """The pipeline of a published model with network and VAE on ``meta`` and nothing else."""
+    import diffusers
+
+    cls = getattr(diffusers, model.pipeline)
+    vae, options = model.vae
+    with torch.device("meta"):
+        made = {
+            "transformer": get_type_hints(cls.__init__)["transformer"](**model.network),
+            "vae": getattr(diffusers, vae)(**options),
+            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        }
+    needed = inspect.signature(cls.__init__).parameters.items()
+    missing = {name: None for name, p in needed if p.default is p.empty and name != "self"}
+    return cls(**missing | made)
+
+
+def check_teacher(config: PipelineRun) -> None:
+    """``ValueError`` for a run without a model."""
+    if not config.teacher:
+        raise ValueError(
+            "preset pipeline needs a model: mfd-fast distill MODEL --prompts FILE, MODEL the "
+            "folder or hub id of a diffusers pipeline"
+        )
+
+
+def outlined(config: PipelineRun) -> Family:
+    """The family of a run's pipeline with the network on ``meta``.
+
+    A published model is not looked for; of another hub id only its configurations are fetched.
+    ``ValueError`` or ``OSError``: there is no such pipeline, or it cannot be distilled.
+    """
+    check_teacher(config)
+    settings, model = config.pipeline, published(config.teacher)
+    if model is not None and not Path(config.teacher).is_dir():
+        pipe = published_pipeline(model)
+    else:
+        pipe = outline(*read_index(config.teacher, settings.revision or None, CONFIGS))
+    return family_of(pipe, **options_of(settings))
+
+
+def pipeline_shapes(config: PipelineRun, device: str) -> Shapes:
+    """See :meth:`RunConfig.shapes`; elsewhere than on ``meta`` the weights are zeros."""
+    family = outlined(config)
+    transformer = family.pipe.transformer
+    if device != "meta":
+        transformer.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*transformer.parameters(), *transformer.buffers()):
+                tensor.zero_()
+    return _shapes(config, family)
+
+
+def pipeline_terms(config: PipelineRun) -> list[tuple[int, Shapes]]:
+    """See :meth:`RunConfig.terms`: networks with ``FEW`` blocks of every kind, and with one more of
+    each kind that has more.
+    """
+    family = outlined(config)
+    kinds: dict[Any, list[str]] = {}
+    pattern = re.compile(family.blocks)
+    for name, block in family.pipe.transformer.named_modules():
+        if pattern.fullmatch(f"transformer.{name}"):
+            facts = tuple((key, x.shape) for key, x in block.named_parameters())
+            kinds.setdefault((name.rpartition(".")[0], facts), []).append(name)
+    few = {name for names in kinds.values() for name in names[:FEW]}
+    more = [(len(x) - FEW, few | {x[FEW]}) for x in kinds.values() if len(x) > FEW]
+    terms = [(1 - sum(n for n, _ in more), few), *more]
+    return [(n, _shapes(config, _with_blocks(config, family, kept))) for n, kept in terms if n]
+
+
+def _with_blocks(config: PipelineRun, family: Family, kept: set[str]) -> Family:
+    """The family with these blocks of its network alone."""
+    whole = family.pipe.transformer
+    short, pipe = copy(whole), copy(family.pipe)
+    short._modules = {name: copy(module) for name, module in whole._modules.items()}
+    for stack in {name.rpartition(".")[0] for name in kept}:
+        blocks = [x for i, x in enumerate(whole.get_submodule(stack)) if f"{stack}.{i}" in kept]
+        setattr(short, stack, nn.ModuleList(blocks))
+    pipe.transformer = deepcopy(short)
+    return family_of(pipe, **options_of(config.pipeline))
+
+
+@quiet()
+def _shapes(config: PipelineRun, family: Family) -> Shapes:
+    settings = config.pipeline
+    transformer = family.pipe.transformer.requires_grad_(False).eval()
+    transformer.to(getattr(torch, settings.dtype))
+    backbone = backbone_of(
+        family,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=names_of(settings.targets) if settings.targets else None,
+        activation=config.train.activation,
+    )
+    family.without_values(transformer)
+    if family.has_null:
+        family.null_row = family.blank(1)
+    return Shapes(backbone, family.blank)
+
+
+def beside_the_updates(config: PipelineRun) -> dict[str, float]:
+    """Bytes of what is on the device between updates only, where its size is known."""
+    model, folder = published(config.teacher), Path(config.teacher)
+    if (folder / INDEX).is_file():
+        sizes = {"text encoders": 0.0, "VAE": 0.0}
+        for path in folder.glob("*/*.safetensors"):
+            if path.parent.name != "transformer":
+                part = "VAE" if path.parent.name == "vae" else "text encoders"
+                sizes[part] += path.stat().st_size
+        return sizes
+    if model is None:
+        return {}
+    vae = sum(p.numel() for p in published_pipeline(model).vae.parameters())
+    return {"text encoders": model.encoders * 1e9 * BF16_BYTES, "VAE": float(vae * BF16_BYTES)}
+
+
+def options_of(settings: PipelineSettings) -> dict[str, Any]:
+    """The options of :class:`Family` that a run's settings say."""
+    height, width = parse_resolution(settings.resolution)
+    return {"height": height, "width": width, "scale": settings.guidance}
+
+
+def parse_resolution(text: str) -> tuple[int | None, int | None]:
+    """Height and width of HxW, or of one number for both; None where empty."""
+    if not text:
+        return None, None
+    found = re.fullmatch(r"([1-9]\d{0,5})(?:[xX]([1-9]\d{0,5}))?", text)
+    if not found:
+        raise ValueError(
+            f"pipeline.resolution must be HxW in pixels, such as 1024x768; got {text!r}"
+        )
+    return int(found.group(1)), int(found.group(2) or found.group(1))
+
+
+def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
+    """The config with the guidance as the engine means it, and what the family cannot do off.
+
+    ``ValueError`` for a guidance that was given in the engine's place, or ``train.capture on``.
+    """
+    distill, train = config.distill, config.train
+    if distill.guidance not in (1.0, family.guidance):
+        raise ValueError(
+            f"distill.guidance follows from the pipeline's scale and must be {family.guidance:g} "
+            f"here, got {distill.guidance:g}; give the scale with --guidance"
+        )
+    if family.why_eager:
+        if train.capture == "on":
+            raise ValueError(f"train.capture must be auto or off here: {family.why_eager}")
+        train = replace(train, capture="off")
+    return replace(config, distill=replace(distill, guidance=family.guidance), train=train)

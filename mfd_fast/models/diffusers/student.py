@@ -1,0 +1,84 @@
+"""The files of a student: its LoRA for diffusers and for ComfyUI, its scheduler, its card."""
+
+import re
+from pathlib import Path
+
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.models.diffusers.card import write_card
+from mfd_fast.models.diffusers.family import Family
+from mfd_fast.models.diffusers.sampler import StudentSampler
+from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora, save_diffusers_lora
+
+WITH_TEACHER, COMFYUI = "student_with_teacher_lora.safetensors", "student_comfyui.safetensors"
+
+
+def save_student(
+    bank: AdapterBank,
+    path: Path,
+    family: Family,
+    sampler: StudentSampler,
+    *,
+    base: str,
+    teacher_lora: Lora | None = None,
+    teacher_files: str = "a LoRA",
+) -> list[Path]:
+    """Write the student's LoRA, and beside it what belongs to it; the files.
+
+    A LoRA for the plain base too if the teacher has one; one in ComfyUI's names where it does not
+    read the first; ``scheduler_config.json`` if the pipeline's own will not do; README.md.
+
+    Args:
+        bank: with the student's weights (averaged ones if they are kept).
+        path: of student.safetensors.
+        base: hub id or folder of the pipeline; of a folder the files have the name alone.
+        teacher_lora, teacher_files: what the teacher is besides, and its name.
+    """
+    base = Path(base).name if Path(base).is_dir() else base
+    factors = Lora.of(bank, "student").factors
+    student = Lora({name.removeprefix("transformer."): pair for name, pair in factors.items()})
+    below = base if teacher_lora is None else f"{base} with {teacher_files}"
+    files, whole = {path: (student, below)}, student
+    if teacher_lora is not None:
+        whole = student.stacked_on(teacher_lora)
+        files[path.with_name(WITH_TEACHER)] = whole, base
+    for file, (lora, on) in files.items():
+        save_diffusers_lora(lora, file, description=_about(on))
+    written = [*files]
+    wholes = comfyui_layers(family, whole)
+    if wholes:
+        comfyui = path.with_name(COMFYUI)
+        save_comfyui_lora(whole, comfyui, description=_about(base), wholes=wholes)
+        written.append(comfyui)
+    if sampler.scheduler is not None:
+        sampler.scheduler.save_pretrained(path.parent)
+        written.append(path.with_name("scheduler_config.json"))
+    reads_all = family.comfyui is not None and not family.comfyui
+    write_card(
+        path.with_name("README.md"),
+        base=base,
+        weights=[*files][-1].name,
+        comfyui=COMFYUI if wholes else [*files][-1].name if reads_all else "",
+        pipeline=type(family.pipe).__name__,
+        size=(family.height, family.width),
+        sampler=sampler,
+    )
+    return [*written, path.with_name("README.md")]
+
+
+def _about(base: str) -> str:
+    return f"student of {base}, to be added to it at strength 1"
+
+
+def comfyui_layers(family: Family, lora: Lora) -> dict[str, tuple[str, ...]]:
+    """ComfyUI's layer -> ours that are it, for a family whose layers are named otherwise there;
+    nothing if it has no name for one of them, or ours are not all of it.
+    """
+    found = {}
+    for name in lora.factors:
+        number = re.search(r"\.(\d+)\.", name)
+        general = re.sub(r"\.\d+\.", ".{}.", name, count=1)
+        for theirs, ours in (family.comfyui or {}).items():
+            if number and general in ours:
+                found[theirs.format(number[1])] = tuple(part.format(number[1]) for part in ours)
+    is_all = {part for parts in found.values() for part in parts} == set(lora.factors)
+    return found if is_all else {}
