@@ -275,15 +275,9 @@ def _glu_depthwise_backward_kernel(
     in_bias_ptr,  # [2 C] or None
     grad_x_ptr,  # like x
     grad_conv_ptr,  # like x, or None
-    height,
-    width,
-    segments,
-    rows,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    N: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    height, width, segments, rows,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     FAST: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     HALF: tl.constexpr = 0.5 if FAST else 1.0
     M: tl.constexpr = N + 2  # columns of the convolution z and of its gradient dz
