@@ -43,7 +43,10 @@ def _interpolate_kernel(
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor, with_target: bool) -> tuple[Tensor, Tensor]:
-    """Launch the kernel.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Launch the kernel.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one allocation where the target is wanted too: both are the caller's to keep.
+    """
     x_t = torch.empty_like(x0)
     target = torch.empty_like(x0) if with_target else x0.new_empty(0)
     if x0.numel() == 0:

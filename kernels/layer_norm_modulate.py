@@ -11,7 +11,10 @@ from mfd_fast.kernels.norm_modulate_backward import backward
 def layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None, eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd).  Inputs are already validated by ``mfd_fast.ops``."""
+    """(y, mean, rstd).  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one allocation: the statistics have another shape and dtype than y.
+    """
     return forward(x, scale, shift, gain, eps=eps, kind=kind, silu=False)
 
 

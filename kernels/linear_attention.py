@@ -164,7 +164,10 @@ def _linear_attention_apply_kernel(
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one launch and allocation: the state is complete before a query reads it.
+    """
     rows, tokens, heads, width = q.shape
     out = q.new_empty((rows, tokens, heads * width))
     state = q.new_empty((rows, heads, width + 1, width), dtype=torch.float32)

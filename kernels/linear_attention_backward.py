@@ -143,7 +143,10 @@ def _linear_attention_grad_kv_kernel(
 def linear_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, eps: float
 ) -> Tensor:
-    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one launch and allocation: a sum over all tokens, then what every token takes of it.
+    """
     rows, tokens, heads, width = q.shape
     out = q.new_empty((rows, tokens, 3, heads, width))
     if out.numel() == 0:

@@ -90,7 +90,10 @@ def _mfd_loss_finish_kernel(
 def mfd_loss(
     x: Tensor, end_teacher: Tensor, end_aux: Tensor, span: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Launch both kernels.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one launch and allocation: partial sums in a fixed order, then their sum.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     grad = torch.empty_like(x)
     if x.numel() == 0:

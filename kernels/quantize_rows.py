@@ -38,7 +38,10 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the kernel.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Launch the kernel.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one allocation: values and scales have two dtypes.
+    """
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     if x.numel() == 0:

@@ -11,7 +11,10 @@ from mfd_fast.kernels.norm_modulate_backward import backward
 def rms_norm_modulate_silu(
     x: Tensor, gain: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(y, rstd).  Inputs are already validated by ``mfd_fast.ops``."""
+    """(y, rstd).  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one allocation: the statistics have another shape and dtype than y.
+    """
     y, _, rstd = forward(x, scale, shift, gain, eps=eps, kind="l2", silu=True)
     return y, rstd
 

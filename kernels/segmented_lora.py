@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfd_fast.kernels.card import multiprocessors
 from mfd_fast.kernels.dot import dot, round_to
 
 NUM_WARPS = 4
 NUM_STAGES = 3
-# Programs of one row's shrink: two for each of an H100's 132 multiprocessors.  docs/lab-notes.md.
-PROGRAMS = 264
+PROGRAMS = 2  # of one row's shrink, for each multiprocessor.  docs/lab-notes.md.
+OUTER_STAGES = 5  # of a sum over tokens, which has few programs and many steps in turn
 SUM_BLOCK = 1024
 # Sums up to the largest rank make outputs as wide as a layer: wide tiles.
 MAX_RANK = 256
@@ -198,10 +199,10 @@ def matmul_shape(n: int, c: int, inner: int, outer: int, x_width: int, *, itemsi
     } | tiles(n, c, inner, itemsize)
 
 
-def split(programs: int, shape: dict[str, int]) -> int:
-    """Parts of a sum that ``programs`` tiles of a row would leave to too few multiprocessors."""
+def split(programs: int, shape: dict[str, int], wanted: int) -> int:
+    """Parts of a sum of ``programs`` tiles of a row, so that ``wanted`` programs run, or fewer."""
     steps = shape["INNER"] * triton.cdiv(shape["C"], shape["BLOCK_C"])
-    return triton.cdiv(steps, triton.cdiv(steps, max(1, PROGRAMS // programs)))
+    return triton.cdiv(steps, triton.cdiv(steps, max(1, wanted // programs)))
 
 
 def outer_shape(m: int, n: int, p_width: int, q_width: int, groups: int, *, itemsize: int) -> dict:
@@ -234,7 +235,8 @@ def _matmul(
     shape = matmul_shape(n, c, inner, outer, width, itemsize=x.element_size())
     tiles_n = outer * triton.cdiv(n, shape["BLOCK_N"])
     tiles_t = triton.cdiv(tokens, shape["BLOCK_T"])
-    splits = 1 if base is not None else split(tiles_n * tiles_t, shape)
+    wanted = PROGRAMS * multiprocessors(x.device)
+    splits = 1 if base is not None else split(tiles_n * tiles_t, shape, wanted)
     parts = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
     _segmented_matmul_kernel[(tiles_n, tiles_t * splits, rows_)](
         x, w, base, parts, rows, float(scale), tokens, adapters, *w.stride()[:3],
@@ -257,7 +259,7 @@ def _outer(p: Tensor, q: Tensor, out: Tensor, rows: Tensor, scale: float) -> Ten
     grid = (triton.cdiv(m, shape["BLOCK_M"]) * triton.cdiv(n, shape["BLOCK_N"]), groups, adapters)
     _segmented_outer_kernel[grid](
         p, q, out, rows, float(scale), p.shape[0], p.shape[1],
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
+        num_warps=NUM_WARPS, num_stages=OUTER_STAGES, **shape,
     )  # fmt: skip
     return out
 
@@ -268,7 +270,11 @@ def _shrink(x: Tensor, a: Tensor, rows: Tensor, *, fill: bool) -> Tensor:
 
 
 def segmented_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, scale: float) -> None:
-    """Two launches, or three, y in place.  Inputs are already validated by ``mfd_fast.ops``."""
+    """Y in place.  Inputs are already validated by ``mfd_fast.ops``.
+
+    More than one launch and allocation: every output reads the whole hidden, whose sum is cut into
+    parts where one row would leave multiprocessors idle (:func:`split`).
+    """
     if y.numel() == 0:
         return
     hidden = _shrink(x, a, rows, fill=False)
@@ -278,7 +284,10 @@ def segmented_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, sc
 def segmented_lora(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Two launches, or three: (out, hidden)."""
+    """(out, hidden).
+
+    More than one launch and allocation, as of :func:`segmented_lora_`.
+    """
     out = torch.empty_like(y)
     if y.numel() == 0:
         return out, x.new_zeros((*x.shape[:2], a.shape[1] * a.shape[2]))
@@ -296,7 +305,11 @@ def segmented_lora_backward(
     scale: float,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to x (empty unless ``need_x``), a and b in their own dtypes."""
+    """Gradients to x (empty unless ``need_x``), a and b in their own dtypes.
+
+    More than one launch and allocation: each of the three is a product of its own shape, after one
+    that all of them read.
+    """
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_a, grad_b = a.new_empty(a.shape), b.new_empty(b.shape)
     if grad.numel() == 0:

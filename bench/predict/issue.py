@@ -2,8 +2,8 @@
 
     python -m bench.predict.issue [--only REGEX of kernels] [--cards h200 ...] [--write]
 
-The launchers run on meta tensors, every launch is recorded, and each kernel is compiled for the
-card as it would be there.  A launch takes at least the longest of
+The launchers run on meta tensors as for the card's multiprocessors, every launch is recorded, and
+each kernel is compiled for the card as it would be there.  A launch takes at least the longest of
 
     copy      the bytes of its arguments, each once, at the memory's rate
     issue     instructions of the busiest multiprocessor, one a clock on each of four schedulers
@@ -31,10 +31,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton's first import
 
 import triton
 
-from bench.predict.kernel_shapes import SHAPES
+from bench.predict.kernel_shapes import PASSES, PRODUCTS, SHAPES, TIMES, TOKENS, WIDTH
 from bench.predict.launches import Launch, compile_launch, oldest_arch, record, specialise
 from bench.results import write
 from mfd_fast.cost.devices import DEVICES
+from mfd_fast.kernels import card as multiprocessors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "bench/results/kernel_bounds.json"
@@ -59,6 +60,7 @@ class Card(NamedTuple):
 CARDS = {
     "a100": Card(80, 108, 1.41, 164 << 10, 64, 32, {"fma": 2, "alu": 2, "mufu": 8, "lsu": 4}),
     "h200": Card(90, 132, 1.98, 228 << 10, 64, 32, {"fma": 1, "alu": 2, "mufu": 8, "lsu": 4}),
+    "rtx4090": Card(89, 128, 2.52, 100 << 10, 48, 24, {"fma": 1, "alu": 2, "mufu": 8, "lsu": 4}),
     "rtx5090": Card(120, 170, 2.41, 100 << 10, 48, 24, {"fma": 1, "alu": 1, "mufu": 8, "lsu": 4}),
 }
 UNITS = {
@@ -203,10 +205,11 @@ def bound(launch: Launch, card_name: str) -> dict:
 def bounds(cards: list[str], only: str = "") -> Iterator[dict]:
     """Every launch of every shape on every card, its place in the shape's order first."""
     for shape, call in SHAPES.items():
-        for at, launch in enumerate(record(call)):
-            if re.search(only, launch.name):
-                able = (card for card in cards if CARDS[card].arch >= oldest_arch(launch))
-                yield from ({"shape": shape, "at": at} | bound(launch, card) for card in able)
+        for card in cards:
+            multiprocessors.FORCED = CARDS[card].multiprocessors
+            for at, launch in enumerate(record(call)):
+                if re.search(only, launch.name) and CARDS[card].arch >= oldest_arch(launch):
+                    yield {"shape": shape, "at": at} | bound(launch, card)
 
 
 PREFACE = """\
@@ -217,12 +220,47 @@ an H200. What a column means is said at the top of `bench/predict/issue.py`, whi
 `python -m bench.predict.issue --write`. Other cards are in `bench/results/kernel_bounds.json`.
 **Nothing on it was measured on a GPU**: clocks, memory rates and the latency of a load are assumed.
 """
+BLOCK = """
+## One block of SANA 1.6B, forward, on an H200
+
+Microseconds: the kernels below as often as a block launches them, cuBLAS's six products at
+{share:.0%} of the peak rate, and what PyTorch does besides (attention to the text and `x + to_out`)
+as passes over the tokens at the memory's rate.
+
+| lanes | fused kernels | products | PyTorch | sum | launches |
+|---:|---:|---:|---:|---:|---:|
+"""
+PRODUCT_SHARE = 0.8  # of the peak: 790 TFLOP/s of an H200's 989; an assumption
+FEW = {  # why a kernel has fewer programs than an H200 has multiprocessors
+    "sum_splits": "it moves less than the caches hold; its time is that of a launch",
+    "segmented_outer": "parts of the sum would need a further launch that adds them; a deeper "
+    "pipeline halves the waiting without one",
+    "ode_step": "it moves one small latent; its time is that of a launch",
+}
 HEADINGS = ("kernel", "programs", "waves", "registers", *BOUNDS, "by")
 
 
+def block_row(rows: list[dict], lanes: int) -> dict:
+    """One SANA block's forward on an H200 by parts, in us, and its launches."""
+    peak, _, bandwidth, *_ = DEVICES["h200"]
+    mine = [r for r in rows if (r["shape"], r["card"]) == (f"SANA, {lanes} lanes", "h200")]
+    flops = sum(2 * lanes * TOKENS * n * k for n, k in PRODUCTS)
+    passes = sum(PASSES.values()) * lanes * TOKENS * WIDTH * 2
+    row = {
+        "lanes": lanes,
+        "kernels": sum(TIMES.get(r["kernel"], 1) * r["bound_us"] for r in mine),
+        "products": flops / (PRODUCT_SHARE * peak * 1e6),
+        "pytorch": passes / bandwidth * 1e6,
+    }
+    launches = sum(TIMES.get(r["kernel"], 1) for r in mine) + len(PRODUCTS) + len(PASSES)
+    return row | {"sum": row["kernels"] + row["products"] + row["pytorch"], "launches": launches}
+
+
 def page(rows: list[dict]) -> str:
-    """docs/kernels.md: the H200's rows, and every card's sum."""
-    text = PREFACE
+    """docs/kernels.md: one block, the H200's rows, and every card's sum."""
+    text = PREFACE + BLOCK.format(share=PRODUCT_SHARE)
+    for lanes in (1, 3, 12):
+        text += f"| {' | '.join(f'{value:.0f}' for value in block_row(rows, lanes).values())} |\n"
     for shape in SHAPES:
         here = [row for row in rows if row["shape"] == shape]
         text += f"\n## {shape}\n\n| {' | '.join(HEADINGS)} |\n|---{'|---:' * 8}|---|\n"
@@ -232,6 +270,13 @@ def page(rows: list[dict]) -> str:
                 cells = [row["kernel"], row["programs"], row["waves"], row["registers"], *times]
                 text += f"| {' | '.join(map(str, [*cells, row['bound']]))} |\n"
         sums = {card: sum(r["bound_us"] for r in here if r["card"] == card) for card in CARDS}
+        few = {
+            r["kernel"]
+            for r in here
+            if r["card"] == "h200" and r["programs"] < CARDS["h200"].multiprocessors
+        }
+        for kernel in sorted(few):
+            text += f"\nFewer programs than multiprocessors, {kernel}: {FEW[kernel]}.\n"
         text += f"\nSum: {', '.join(f'{us:.0f} us on {card}' for card, us in sums.items())}.\n"
     return text
 

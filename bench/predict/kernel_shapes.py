@@ -16,6 +16,15 @@ from mfd_fast.kernels import (
     short_attention,
 )
 
+TOKENS, WIDTH, HIDDEN = 1024, 2240, 5600  # SANA 1.6B at 1024px
+# (columns, terms) of the products of a block: q, k, v; the attentions' outputs and the second's
+# queries; widen and narrow.
+PRODUCTS = (
+    (3 * WIDTH, WIDTH), *3 * [(WIDTH, WIDTH)], (2 * HIDDEN, WIDTH), (WIDTH, HIDDEN)
+)  # fmt: skip
+TIMES = {"norm_modulate": 2, "gated_residual": 2, "quantize_rows": 0}  # a block; the others once
+PASSES = {"attention to the text": 2, "x + to_out": 3}  # over the tokens, in PyTorch
+
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)

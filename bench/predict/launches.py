@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -56,6 +57,24 @@ def record(call: Callable[[], object]) -> list[Launch]:
     finally:
         JITFunction.run = kept
     return launches
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the tensors that are made, not those without elements."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "zeros")
+        self.count += made and out.numel() > 0
+        return out
+
+
+def counted(call: Callable[[], object]) -> tuple[int, int]:
+    """Launches and allocations of ``call``."""
+    with _Allocations() as allocations:
+        return len(record(call)), allocations.count
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict]:

@@ -6,6 +6,7 @@ kernels as private operators ``mfd_fast::_<name>_cuda`` of the same signature.
 
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -41,7 +42,8 @@ def define(
         triton: ``"module:function"`` of the launcher in ``mfd_fast.kernels``, imported at the first
             call; None if the operator has only a compiled kernel.
         is_compiled: whether ``csrc/cuda`` has the operator.
-        prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there.
+        prefer: ``"cpp"`` or ``"triton"``: which one ``auto`` takes when both are there: what
+            was measured, or else counted (docs/lab-notes.md), to be faster.
     """
     private = f"_{name.lstrip('_')}_cuda"
     for one in (name, private)[: 1 + is_compiled]:
@@ -52,7 +54,9 @@ def define(
         torch.library.impl(f"{NAMESPACE}::{name}", "CPU")(reference)
 
     has_cuda = bool(build_info().get("cuda")) and _has_kernel(private, "CUDA")
-    choice = prefer if backend() == "auto" else backend()
+    choice = backend()
+    if choice == "auto":
+        choice = prefer if find_spec("triton") else "cpp"
     kernel = reference
     if has_cuda and (triton is None or choice == "cpp"):
         kernel = getattr(torch.ops.mfd_fast, private)

@@ -2,7 +2,7 @@
 
 ``MFD_FAST_BACKEND`` (read once, at import):
 
-    auto       compiled operators where they exist; on CUDA the implementation that measured faster
+    auto       compiled operators where they exist; on CUDA what an operator prefers (``define``)
     reference  the slow, obvious PyTorch of ``ops/reference.py`` on the CPU; Triton on CUDA
     cpp        compiled operators; an error if the extension is missing
     triton     Triton on CUDA even where a compiled CUDA operator exists

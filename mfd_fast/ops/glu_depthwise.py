@@ -57,6 +57,7 @@ _forward = define(
     reference=reference.glu_depthwise,
     triton=f"{OP}:{OP}",
     is_compiled=True,
+    prefer="triton",
 )
 _gradients = define(
     f"_{OP}_backward",
@@ -65,6 +66,7 @@ _gradients = define(
     reference=_reference_backward,
     triton=f"{OP}:{OP}_backward",
     is_compiled=True,
+    prefer="triton",
 )
 
 

@@ -61,8 +61,80 @@ def test_operations_of_a_tensor_core_instruction():
     assert json.loads(in_a_process_that_compiles("-c", script)) == flops
 
 
+COUNTING = """
+import json, torch
+from importlib import import_module
+from bench.predict.launches import counted
+from kernel_launches import FP32, meta
+
+x, row, mean = meta(3, 1024, 2240), meta(3, 2240), meta(3, 1024, dtype=FP32)
+heads, state = meta(3, 1024, 3, 70, 32).unbind(2), meta(3, 70, 33, 32, dtype=FP32)
+y, a, b = meta(1, 1024, 6720), meta(1, 3, 64, 2240), meta(1, 3, 2240, 64)
+lora = (a, b, meta(1, dtype=torch.int32), 1.0)
+wide, taps, bias = meta(3, 1024, 11200), meta(11200, 1, 3, 3), meta(11200)
+glu, grad = (wide, taps, bias, bias, 32, 32), meta(3, 1024, 5600)
+short = (*meta(2500, 12, 3, 8, 16).unbind(2), None, True, 0.25)
+z, t, flat = meta(4, 2, 32768, dtype=FP32), meta(4, dtype=FP32), meta(4, 32768)
+calls = {
+    "gated_residual": (x, x, row, row[0]),
+    "gated_residual_backward": (x, x, row, row[0], False),
+    "layer_norm_modulate": (x, row, row, None, 1e-6, "layer"),
+    "layer_norm_modulate_backward": (x, x, row, None, mean, mean, "layer", False),
+    "rms_norm_modulate_silu": (x, row[0], row, row, 1e-6),
+    "linear_attention": (*heads, 1e-15),
+    "linear_attention_backward": (x, *heads, state, 1e-15),
+    "segmented_lora_": (y, x[:1], *lora),
+    "segmented_lora": (y, x[:1], *lora),
+    "segmented_lora_backward": (y, x[:1], meta(1, 1024, 192), *lora, True),
+    "glu_depthwise": glu,
+    "glu_depthwise_backward": (grad, *glu, False),
+    "quantize_rows": (x[0],),
+    "short_attention": short,
+    "short_attention_backward": (meta(2500, 12, 128), *short, False),
+    "ode_step_": (z, meta(4, 3, 32768), None, meta(4, 5, dtype=FP32), 4.5, flat),
+    "interpolate": (flat, flat, t, True),
+    "mfd_loss": (flat, flat, flat, t, None),
+}
+for name, args in calls.items():
+    own = name in ("linear_attention_backward",)
+    module = name if own else name.removesuffix("_").removesuffix("_backward")
+    launcher = getattr(import_module(f"mfd_fast.kernels.{module}"), name)
+    numbers = counted(lambda: launcher(*args))
+    print(json.dumps([name, numbers, "More than one" in launcher.__doc__]))
+"""
+
+
+def test_one_launch_and_one_allocation_or_the_reason():
+    lines = in_a_process_that_compiles("-c", COUNTING).splitlines()
+    counts = {name: (numbers, is_said) for name, numbers, is_said in map(json.loads, lines)}
+    more = {name: tuple(numbers) for name, (numbers, _) in counts.items() if max(numbers) > 1}
+    assert more == {
+        "layer_norm_modulate": (1, 3),
+        "rms_norm_modulate_silu": (1, 2),
+        "linear_attention": (2, 3),
+        "linear_attention_backward": (2, 2),
+        "segmented_lora_": (3, 2),
+        "segmented_lora": (3, 3),
+        "segmented_lora_backward": (5, 5),
+        "quantize_rows": (1, 2),
+        "interpolate": (1, 2),
+        "mfd_loss": (2, 4),
+    }
+    assert {name for name, (_, is_said) in counts.items() if is_said} == more.keys()
+
+
+def test_a_block_of_three_lanes_meets_its_time_with_the_depthwise_unit_bound_by_copy():
+    script = "from bench.predict.issue import *; rows = json.loads(RESULT.read_text())['rows']\n"
+    script += "print(json.dumps([block_row(rows, lanes) for lanes in (1, 3, 12)]))"
+    blocks = json.loads(in_a_process_that_compiles("-c", script))
+    assert [block["launches"] for block in blocks] == [21, 21, 21]
+    assert blocks[1]["sum"] <= 700
+    glu = [r for r in COMMITTED["rows"] if (r["kernel"], r["card"]) == ("glu_depthwise", "h200")]
+    assert {row["shape"]: row["bound"] for row in glu}["SANA, 3 lanes"] == "copy"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["a100", "h200", "rtx5090"])
+@pytest.mark.parametrize("card", ["a100", "h200", "rtx4090", "rtx5090"])
 def test_no_bound_is_worse_than_the_committed_one(card):
     import triton
 

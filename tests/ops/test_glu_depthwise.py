@@ -80,14 +80,20 @@ def assert_launchers_accurate(lanes, x, weight, bias, in_bias, grad, size):
     assert torch.equal(alone, ours[0]) and none.numel() == 0
 
 
-# Segments of one row; a whole image in one walk, in strips and tiles of channels; one pixel.
+# Segments of one row; a whole image in one walk, in whole strips and overlapping tiles of channels,
+# or with a strip that is not whole; one pixel.
 @pytest.mark.parametrize(
-    ("shape", "scale", "schedulers"),
-    [((1, 3, 5, 3), 1.0, 528), ((1, 4, 7, 35), 30.0, 1), ((2, 1, 1, 3), 1e-20, 528)],
+    ("shape", "scale", "multiprocessors"),
+    [
+        ((1, 3, 5, 3), 1.0, 132),
+        ((1, 2, 16, 70), 30.0, 1),
+        ((1, 2, 9, 35), 1.0, 1),
+        ((2, 1, 1, 3), 1e-20, 132),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_matches_float64(shape, scale, schedulers, dtype, triton_device, monkeypatch):
-    monkeypatch.setattr(kernel, "SCHEDULERS", schedulers)
+def test_triton_matches_float64(shape, scale, multiprocessors, dtype, triton_device, monkeypatch):
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: multiprocessors)
     *tensors, grad = make_inputs(*shape, dtype, triton_device, scale)
     if scale == 30.0:
         tensors[3] = None
@@ -108,9 +114,9 @@ def test_triton_takes_extreme_values(value, triton_device):
 
 
 def test_triton_cuts_a_walk_only_where_schedulers_are_idle():
-    assert kernel.segment_rows(1, 32, 1) == 1
-    assert kernel.segment_rows(100 * kernel.SCHEDULERS, 32, 1) == 32
-    assert 32 % kernel.segment_rows(kernel.SCHEDULERS, 32, 1) == 0
+    assert kernel.segment_rows(1, 32, 1, 528) == 1
+    assert kernel.segment_rows(100 * 528, 32, 1, 528) == 32
+    assert 32 % kernel.segment_rows(528, 32, 1, 528) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

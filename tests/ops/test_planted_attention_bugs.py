@@ -42,9 +42,11 @@ BUGS = {
     "glu_depthwise": {
         "wrong sign": ("(1.0 + x * (1.0", "(1.0 - x * (1.0"),
         "missing mask": ("other=outside", "other=0.0"),
-        "wrong stride": ("y - 2) * width + first + n)", "y - 2) * width + first)"),
+        "wrong stride": ("grad_x_ptr + (row + n)", "grad_x_ptr + row"),
         "filter not mirrored": ("2 - j if MIRRORED else j", "j"),
-        "filter upside down": ("taps[0][3 * ROW", "taps[0][3 * (2 - ROW)"),
+        "filter upside down": ("taps[half][3 * ROW", "taps[half][3 * (2 - ROW)"),
+        "last row left out": ("if end == height", "if end < 0"),
+        "gate's gradient not doubled in 16 bits": ("_slope(z, 1.0,", "_slope(z, 0.5,"),
     },
     "short_attention": {
         "wrong sign": ("p * (dp - tl.sum", "p * (dp + tl.sum"),
@@ -87,10 +89,11 @@ def check_segmented_lora(kernel, device):
 
 
 def check_glu_depthwise(kernel, device):
-    kernel.SCHEDULERS = 1
-    *tensors, grad = test_glu_depthwise.make_inputs(1, 3, 4, 2, torch.float32, device)
-    tensors, grad = [with_room(t) for t in tensors], with_room(grad)
-    test_glu_depthwise.assert_launchers_accurate(kernel, *tensors, grad, (3, 4))
+    kernel.multiprocessors = lambda device: 1
+    for dtype in (torch.float32, torch.bfloat16):
+        *tensors, grad = test_glu_depthwise.make_inputs(1, 3, 4, 2, dtype, device)
+        tensors, grad = [with_room(t) for t in tensors], with_room(grad)
+        test_glu_depthwise.assert_launchers_accurate(kernel, *tensors, grad, (3, 4))
 
 
 def check_short_attention(kernel, device):

@@ -116,12 +116,13 @@ def segmented_lora(kernel) -> None:
 
 
 def glu_depthwise(kernel) -> None:
-    for dtype, channels, with_bias in (
-        (BF16, 5600, True), (FP16, 5600, False), (FP32, 5600, True), (BF16, 53, False)
+    for dtype, channels, with_bias, width in (
+        (BF16, 5600, True, 32), (FP16, 5600, False, 32), (FP32, 5600, True, 32),
+        (BF16, 53, False, 4),
     ):  # fmt: skip
         x, grad = meta(2, 1024, 2 * channels, dtype=dtype), meta(2, 1024, channels, dtype=dtype)
         weight, bias = meta(2 * channels, 1, 3, 3, dtype=dtype), meta(2 * channels, dtype=dtype)
-        args = (x, weight, bias, bias if with_bias else None, 32, 32)
+        args = (x, weight, bias, bias if with_bias else None, 1024 // width, width)
         kernel.glu_depthwise(*args)
         kernel.glu_depthwise_backward(grad, *args, with_bias)
 
