@@ -77,6 +77,11 @@ def rate(network, x: Tensor, t: Tensor, v: Tensor, label: Tensor, end: Tensor, o
     return along_flow(lambda x, t: network(x, t, label, end), x, t, v, end, over=over)[1]
 
 
+def named(row: dict[str, Any]) -> str:
+    """``ayf, exact`` or ``ayf, over 0.04``."""
+    return f"{row['method']}, " + (f"over {row['span']:g}" if row["span"] else "exact")
+
+
 def draw(figures: dict[str, Any], path: Path) -> None:
     figure = Figure(columns=2, title="The student's derivative in time: exact, or by differences")
     left, right = figure.axes
@@ -84,9 +89,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     left.set_ylim(-0.1, 1)
     titled(left, "direction, before training", "t", "cosine of the two")
     rows = figures["rows"]
-    names = [
-        f"{row['method']}, {f'over {row["span"]:g}' if row['span'] else 'exact'}" for row in rows
-    ]
+    names = [named(row) for row in rows]
     bars(right, names, [row["frechet_to_data"] for row in rows],
          [row["frechet_to_data_std"] for row in rows], "Frechet distance to the data")  # fmt: skip
     for bar, row in zip(right.patches, rows, strict=True):
@@ -100,9 +103,9 @@ def judge(figures: dict[str, Any]) -> Verdict:
         for t, value in zip(figures["times"], figures["cosine"], strict=True)
     )
     rows = "; ".join(
-        f"{row['method']} {f'over {row["span"]:g}' if row['span'] else 'exact'}: "
-        f"{row['frechet_to_data']:.1f} (sd {row['frechet_to_data_std']:.1f}) to the data, "
-        f"{row['frechet_to_teacher50']:.1f} (sd {row['frechet_to_teacher50_std']:.1f}) to the teacher"
+        f"{named(row)}: {row['frechet_to_data']:.1f} (sd {row['frechet_to_data_std']:.1f}) to the "
+        f"data, {row['frechet_to_teacher50']:.1f} (sd {row['frechet_to_teacher50_std']:.1f}) to "
+        "the teacher"
         for row in figures["rows"]
     )
     return Verdict("no claim", f"cosine of both derivatives: {cosine}; Frechet distances: {rows}")
