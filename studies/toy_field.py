@@ -143,5 +143,6 @@ def judge(figures: dict[str, Any]) -> Verdict:
         falls and max(angles["mfd"], angles[EQUAL_ENERGY]) < angles["vsd"],
         f"mean angle to the noise-free field {angles['vsd']:.0f} degrees (vsd), "
         f"{angles['mfd']:.0f} (mfd, N = {SHOWN_STEPS}, equal noise an evaluation), "
-        f"{angles[EQUAL_ENERGY]:.0f} (equal total energy); slope of log variance against log N {figures['slope']:.3f}",
+        f"{angles[EQUAL_ENERGY]:.0f} (equal total energy); slope of log variance against log N "
+        f"{figures['slope']:.3f}",
     )
