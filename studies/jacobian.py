@@ -85,11 +85,15 @@ def gradients(distiller: Distiller, generator: Generator) -> tuple[Tensor, Tenso
 
 def mean_flow_difference(distiller: Distiller, prepared, x_t: Tensor, table: SolverTable) -> Tensor:
     """u_T - u_A ``[B, *S]``, differentiable in x_t through both solves."""
-    ends = integrate(
-        lambda x, t: distiller.objective.velocity(distiller.backbone, prepared, x, t),
-        x_t[:, None].expand(-1, 2, *x_t.shape[1:]),
-        table,
-    )
+    objective, w = distiller.objective, distiller.config.guidance
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        """Of the guided teacher and of the auxiliary; the lanes are condition, null, auxiliary."""
+        lanes = torch.stack((x[:, 0], x[:, 0], x[:, 1]), dim=1)
+        v = objective.velocity(distiller.backbone, prepared, lanes, t)
+        return torch.stack((torch.lerp(v[:, 1], v[:, 0], w), v[:, 2]), dim=1)
+
+    ends = integrate(velocity, x_t[:, None].expand(-1, 2, *x_t.shape[1:]), table)
     return (ends[:, 1] - ends[:, 0]) / table.span.view(-1, *(1,) * (x_t.ndim - 1))
 
 
