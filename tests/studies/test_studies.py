@@ -136,10 +136,16 @@ FAKE_ROW = dict.fromkeys(coverage_study.KEYS, 1.0) | {
 
 
 def coverage_figures(mfd_distance, mfd_recall):
-    sweep = {"selected_by": "recall", "sweep": [{"lr": 1e-3, "recall": 0.5}]}
-    rows = [{"method": name, "lr": 1e-3, **FAKE_ROW, **sweep} for name in coverage_study.METHODS]
-    rows[0] |= {"frechet_to_data": mfd_distance, "recall": mfd_recall}
-    return {"rows": rows, "updates": 10, "seeds": 3}
+    """mfd is best at equal updates, and as given at equal work."""
+    sweep = {"sweep": [{"lr": 1e-3, "frechet_to_data": 0.5}], "updates": 10, "lr": 1e-3}
+    rows = [
+        {"budget": budget, "method": name, **FAKE_ROW, **sweep}
+        for budget in coverage_study.BUDGETS
+        for name in coverage_study.METHODS
+    ]
+    rows[0] |= {"frechet_to_data": 0.1, "recall": 3.0}
+    rows[len(coverage_study.METHODS)] |= {"frechet_to_data": mfd_distance, "recall": mfd_recall}
+    return {"rows": rows, "seeds": 3}
 
 
 @pytest.mark.parametrize(
@@ -149,32 +155,38 @@ def coverage_figures(mfd_distance, mfd_recall):
 def test_coverage_needs_the_best_distance_and_the_best_recall(values, word, tmp_path):
     figures = coverage_figures(*values)
     assert coverage_study.judge(figures).word == word
-    assert f"| mfd | 0.001 | 1 (0.1) | {values[0]:.3g} (0.1) |" in coverage_study.table(figures)
+    row = f"| work | mfd | 10 | 0.001 | 1 (0.1) | {values[0]:.3g} (0.1) |"
+    assert row in coverage_study.table(figures)
     coverage_study.draw(figures, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_coverage_sweeps_every_method_alike_and_resumes(tmp_path, monkeypatch):
-    """Each method: every rate with one seed, the best of them with all; done runs stay."""
+    """Each method: every rate with one seed, the best with all, also at equal work."""
     trained = []
 
     def train(config):
-        trained.append((config.distill.objective, config.distill.student_optim.lr))
+        trained.append((config.distill.objective, config.train.updates))
         return config, [], 1.0
 
     def measure(config, num_samples):
-        lr = config.distill.student_optim.lr
-        return dict.fromkeys(coverage_study.KEYS, lr)
+        return dict.fromkeys(coverage_study.KEYS, config.distill.student_optim.lr)
 
+    work = dict.fromkeys(coverage_study.METHODS, 4.0) | {"vsd": 2.0}
+    monkeypatch.setattr(coverage_study, "operations", work.__getitem__)
     monkeypatch.setattr(coverage_study, "distil", train)
     monkeypatch.setattr(coverage_study, "measured", measure)
     figures = coverage_study.run(0, tmp_path)
-    per_method = len(coverage_study.LEARNING_RATES) + coverage_study.NUM_SEEDS - 1
-    assert len(trained) == per_method * len(coverage_study.METHODS)
+    sweep, seeds = len(coverage_study.LEARNING_RATES), coverage_study.NUM_SEEDS
+    made = len(coverage_study.METHODS) * (sweep + seeds - 1) + seeds
+    assert len(trained) == made and trained.count(("vsd", 200)) == seeds
     best = min(coverage_study.LEARNING_RATES)
     assert all(row["lr"] == best and row["recall"] == best for row in figures["rows"])
-    assert coverage_study.run(0, tmp_path) == figures
-    assert len(trained) == per_method * len(coverage_study.METHODS)
+    assert coverage_study.run(0, tmp_path) == figures and len(trained) == made
+
+
+def test_operations_count_more_for_mfd_than_for_vsd():
+    assert coverage_study.operations("mfd") > coverage_study.operations("vsd") > 0
 
 
 def test_distance_summary_is_start_peak_and_end():
