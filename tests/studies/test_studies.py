@@ -221,7 +221,8 @@ def test_study_all_runs_what_is_missing_and_writes_the_page(tmp_path, monkeypatc
     words = ["all", "--out", str(tmp_path / "results"), "--report", str(page)]
     command.main(words)
     text = page.read_text()
-    assert "| [one](#one) | it is positive | confirmed |" in text
+    assert "| [one](#one) | it is positive | the number is above 0 | **confirmed** |" in text
+    assert "Of 2 claims that are tested, 2 hold here." in text
     assert "Here: **confirmed**. The number is 1." in text
     assert "![two](../results/two.png)" in text and "not testable here" in text
     document = json.loads((tmp_path / "results" / "one.json").read_text())
