@@ -13,6 +13,7 @@ STUDIES: dict[str, str] = {
     "step-size": "step_size",
     "max-interval": "max_interval",
     "no-auxiliary": "no_auxiliary",
+    "derivative": "derivative",
     "coverage": "coverage",
     "cost": "cost",
     "evaluations": "evaluations",

@@ -66,7 +66,7 @@ def run_all(folder: Path, *, seed: int = 0) -> None:
 
 def write_report(folder: Path, path: Path) -> None:
     """The Markdown page of all studies in ``folder``, with links relative to ``path``."""
-    rows, sections = [], []
+    rows, sections, words = [], [], []
     for name in STUDIES:
         file = folder / f"{name}.json"
         if not file.exists():
@@ -76,10 +76,17 @@ def write_report(folder: Path, path: Path) -> None:
         link = os.path.relpath(file, path.parent)
         if hasattr(study, "page"):
             write_page(name, folder, path.parent / f"{name}.md")
-        rows.append(f"| [{name}](#{name}) | {study.CLAIM} | {verdict.word} |")
+        words.append(verdict.word)
+        rows.append(f"| [{name}](#{name}) | {study.CLAIM} | {study.RULE} | **{verdict.word}** |")
         sections.append(_section(name, study, document, verdict, link))
-    rows += [f"| - | {claim} | not testable here: {why} |" for claim, why in NOT_TESTABLE]
-    table = ["| study | the paper's claim | here |", "|---|---|---|", *rows]
+    rows += [f"| - | {claim} | not testable here: {why} | |" for claim, why in NOT_TESTABLE]
+    held, tested = words.count("confirmed"), len(words) - words.count("no claim")
+    table = [
+        f"Of {tested} claims that are tested, {held} hold here.\n",
+        "| study | the paper's claim, and where | it holds here if | here |",
+        "|---|---|---|---|",
+        *rows,
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join([HEADER, *table, "", *sections]))
 

@@ -17,6 +17,10 @@ from mfd_fast.settings import (
     Share,
 )
 
+Span = Annotated[float, Range("in [0, 1) (0: off)", 0, 1, has_high=False)]
+# For a network that sees t through sinusoids of 1000 t: docs/studies.md, derivative.
+DERIVATIVE_SPAN = 0.04
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dmd2Settings(Settings):
@@ -36,9 +40,9 @@ class SenseFlowSettings(Settings):
 
     SECTION: ClassVar[str] = "distill.senseflow."
 
-    ida_decay: Share = 0.97
+    ida_decay: Share = 0.98
     """lambda of implicit distribution alignment: aux <- lambda aux + (1 - lambda) student."""
-    isg_weight: PositiveOrOff = 1.0
+    isg_weight: PositiveOrOff = 0.5
     """Weight of the intra-segment guidance loss."""
 
 
@@ -61,7 +65,9 @@ class AyfSettings(Settings):
     tangent_constant: Positive = 0.1
     """c of the tangent's normalisation g / (|g| + c)."""
     warmup_updates: CountOrOff = 50
-    """Updates over which the (s - t) term of the tangent rises from 0 to 1."""
+    """Updates over which the (s - t) term of the tangent rises from 0 to 0.99."""
+    derivative_span: Span = 0.0
+    """The student is differentiated in time by differences over this; 0: exactly (forward mode)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,8 @@ class MeanFlowSettings(Settings):
     """p of the adaptive weight 1 / (|error|^2 + c)^p."""
     constant: Positive = 1e-3
     """c of the adaptive weight."""
+    derivative_span: Span = 0.0
+    """The student is differentiated in time by differences over this; 0: exactly (forward mode)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,12 @@
 
 D is a small head on the middle features of the auxiliary, trained with it: softplus(D(fake)) +
 softplus(-D(real)).  A student of K steps is trained on its own noisy states (backward simulation).
+As in the public code all times but the auxiliary's own are uniform in [.02, .98], and D's samples
+are noised to other ones than the flow matching's.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -18,9 +21,11 @@ from torch import Tensor, nn
 from mfd_fast.baselines.batch import Batch, ComparedObjective, column
 from mfd_fast.baselines.sampling import renoised_states
 from mfd_fast.distill.objectives import Metrics
+from mfd_fast.flow.solvers import to_device
 from mfd_fast.ops import interpolate, interpolate_with_target
 
 SMALLEST_NORMALISER = 1e-6
+FIRST_TIME, LAST_TIME = 0.02, 0.98
 
 
 class DistributionMatching(ComparedObjective):
@@ -50,18 +55,19 @@ class DistributionMatching(ComparedObjective):
         with torch.no_grad():
             x0 = self.segment(batch).x0
         fake, target = interpolate_with_target(x0, batch.noise(), t)
-        v, features = with_middle(batch.fields.backbone.aux, lambda: batch.fields.aux(fake, t))
-        loss = F.mse_loss(v, target)
+        loss = F.mse_loss(batch.fields.aux(fake, t), target)
         if self.config.dmd2.critic_weight == 0:
             return loss
-        fake_logit = self.fake_logit(batch, x0, features)
-        real_logit = self.logit(batch, batch.data, t)
+        fake_logit, real_logit = (
+            self.logit(batch, x, self.draw_times(batch)) for x in (x0, batch.data)
+        )
         critic = F.softplus(fake_logit).mean() + F.softplus(-real_logit).mean()
         return loss + self.config.dmd2.critic_weight * critic
 
-    def fake_logit(self, batch: Batch, x0: Tensor, features: Tensor) -> Tensor:
-        """D of the samples x0, given the auxiliary's features of them; ``[B]``."""
-        return self.head(features)
+    def draw_times(self, batch: Batch) -> Tensor:
+        """t ``[B]`` of the matching and of the discriminator."""
+        share = torch.rand(batch.size, generator=batch.host)
+        return to_device(FIRST_TIME + (LAST_TIME - FIRST_TIME) * share, batch.device)
 
     def logit(self, batch: Batch, x0: Tensor, t: Tensor) -> Tensor:
         """D of samples ``[B, *S]``, noised to t; ``[B]``."""
@@ -75,14 +81,15 @@ class DistributionMatching(ComparedObjective):
 
     def matching_loss(self, batch: Batch, x0: Tensor) -> tuple[Tensor, Metrics]:
         """The loss of the student's samples x0 ``[B, *S]``, differentiable in them."""
-        t = batch.times(self.config)
+        t = self.draw_times(batch)
         with torch.no_grad():
             x_t = interpolate(x0, batch.noise(), t)
             v_teacher, v_aux = batch.fields.teacher(x_t, t), batch.fields.aux(x_t, t)
             gradient = normalised_gradient(x0, x_t, t, v_teacher, v_aux)
         loss = (gradient * x0).mean()
         if self.config.dmd2.gan_weight > 0:
-            loss = loss + self.config.dmd2.gan_weight * self.fooling_loss(batch, x0, t)
+            fooling = self.fooling_loss(batch, x0, self.draw_times(batch))
+            loss = loss + self.config.dmd2.gan_weight * fooling
         distance = (v_teacher - v_aux).flatten(1).norm(dim=1).mean()
         return loss, {"distance": distance}
 
@@ -100,13 +107,14 @@ class DistributionMatching(ComparedObjective):
         nodes = self.schedule.nodes
         k = int(torch.randint(len(nodes) - 1, (), generator=batch.host))
         with torch.no_grad():
-            states = renoised_states(
-                batch.fields.student, batch.noise(), self.schedule, batch.noise
-            )
-            for _ in range(k + 1):
-                x, _ = next(states)
+            x = self.state(batch, k)
         t = torch.full((batch.size,), nodes[k], device=batch.device)
         return Segment(x, nodes[k], nodes[k + 1], batch.fields.student(x, t))
+
+    def state(self, batch: Batch, k: int) -> Tensor:
+        """The student's own state ``[B, *S]`` at node k (backward simulation)."""
+        states = renoised_states(batch.fields.student, batch.noise(), self.schedule, batch.noise)
+        return next(islice(states, k, None))[0]
 
 
 class Segment(NamedTuple):

@@ -33,5 +33,6 @@ class MeanFlow(ComparedObjective):
     @torch.no_grad()
     def target(self, batch: Batch, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:
         """What u(x, r, t) should be ``[B, *S]``, given the velocity v of x at t."""
-        _, rate = along_flow(lambda x, t: batch.fields.student(x, t, r), x, t, v)
+        over = self.config.meanflow.derivative_span
+        _, rate = along_flow(lambda x, t: batch.fields.student(x, t, r), x, t, v, end=r, over=over)
         return v - column(t - r, x) * rate

@@ -19,7 +19,7 @@ from torch import Generator, nn
 
 from mfd_fast.baselines.batch import along_flow
 from mfd_fast.baselines.cd import consistency
-from mfd_fast.baselines.config import CdSettings, MeanFlowSettings
+from mfd_fast.baselines.config import AyfSettings, CdSettings, MeanFlowSettings
 from mfd_fast.baselines.imm import KERNEL_FLOOR, push, squared_mmd, time_weight
 
 
@@ -39,10 +39,53 @@ def test_total_derivative_is_the_one_along_the_trajectory():
     """d/dt of (x, t) -> t x^2 along dx/dt = v is x^2 + 2 t x v."""
     x, v = (data(16, seed) for seed in (1, 2))
     t, _ = pairs()
-    value, rate = along_flow(lambda x, t: t[:, None] * x**2, x, t, v)
+    value, rate = along_flow(lambda x, t: t[:, None] * x**2, x, t, v, 0 * t, over=0)
     exact = x**2 + 2 * t[:, None] * x * v
     assert torch.equal(value, t[:, None] * x**2)
     assert (rate - exact).abs().max() <= rounding(exact)
+
+
+def test_the_quotient_is_exact_for_a_field_that_is_linear_along_the_flow():
+    """Also where it is cut: at t = 1, and at the end of the interval."""
+    x, v = (data(16, seed) for seed in (1, 2))
+    t, end = pairs()
+    t, end = torch.cat((t[:-2], torch.ones(2))), torch.cat((end[:-2], t[:1], torch.zeros(1)))
+    end = torch.minimum(end.double(), t)
+    t[1] = end[1]  # nothing before it
+    field = lambda x, t: 3 * x + 5 * t[:, None]  # noqa: E731
+    value, rate = along_flow(field, x, t, v, end, over=0.04)
+    assert torch.equal(value, field(x, t))
+    assert (rate - (3 * v + 5)).abs().max() <= rounding(x) / 0.02
+
+
+def test_the_quotient_does_not_see_the_ripple_of_a_time_embedding():
+    """v + 0.001 sin(1000 t): the derivative is off by up to 1, the quotient by 0.002 / 0.04."""
+    x, v = (data(16, seed) for seed in (1, 2))
+    t = torch.linspace(0.1, 0.9, 16, dtype=torch.float64)
+    field = lambda x, t: x + 0.001 * torch.sin(1000 * t)[:, None]  # noqa: E731
+    errors = {
+        over: (along_flow(field, x, t, v, 0 * t, over=over)[1] - v).abs().max().item()
+        for over in (0.0, 0.04)
+    }
+    assert errors[0.0] > 0.5
+    assert errors[0.04] <= 0.002 / 0.04 + rounding(v) / 0.04
+
+
+@pytest.mark.parametrize("name", ["ayf", "meanflow"])
+def test_differences_leave_the_exact_map_an_error_of_second_order(name):
+    """A quarter for half the span."""
+    t, end = 0.5 + 0.4 * pairs()[0], 0.3 * pairs()[1]
+    x, errors = data(16, 4), []
+    for over in (0.08, 0.04):
+        settings = {"ayf": AyfSettings, "meanflow": MeanFlowSettings}[name](derivative_span=over)
+        objective, batch = make_case(name, ExactFlowMap(), **{name: settings})
+        v = FLOW.velocity(x, t)
+        if name == "ayf":
+            error = objective.tangent(batch, x, t, end, warmth=1.0)
+        else:
+            error = objective.target(batch, x, t, end, v) - FLOW.mean_velocity(x, t, end)
+        errors.append(error.abs().max().item())
+    assert 3.8 < errors[0] / errors[1] < 4.2
 
 
 def test_ayf_tangent_vanishes_on_the_exact_flow_map_and_nowhere_else():

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.baselines.config import (
+    DERIVATIVE_SPAN,
+    AyfSettings,
+    ComparisonConfig,
+    MeanFlowSettings,
+)
 from mfd_fast.distill.config import OptimConfig
 from mfd_fast.run.config import RunConfig, TrainConfig
 from mfd_fast.settings import Count, Settings
@@ -68,6 +73,8 @@ PRESETS = (
             ema_decay=0.999,
             student_optim=OPTIM,
             aux_optim=OPTIM,
+            ayf=AyfSettings(derivative_span=DERIVATIVE_SPAN),
+            meanflow=MeanFlowSettings(derivative_span=DERIVATIVE_SPAN),
         ),
         train=TrainConfig(updates=20_000, batch_size=128, log_every=50),
     ),

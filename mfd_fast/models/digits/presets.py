@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mfd_fast.baselines.config import ComparisonConfig
+from mfd_fast.baselines.config import (
+    DERIVATIVE_SPAN,
+    AyfSettings,
+    ComparisonConfig,
+    MeanFlowSettings,
+)
 from mfd_fast.distill.config import OptimConfig
 from mfd_fast.run.config import RunConfig, TrainConfig
 
@@ -34,6 +39,8 @@ PRESETS = (
             ema_decay=0.98,
             student_optim=OptimConfig(lr=1e-4),
             aux_optim=OptimConfig(lr=3e-4),
+            ayf=AyfSettings(derivative_span=DERIVATIVE_SPAN),
+            meanflow=MeanFlowSettings(derivative_span=DERIVATIVE_SPAN),
         ),
         train=TrainConfig(updates=400, batch_size=64),
     ),

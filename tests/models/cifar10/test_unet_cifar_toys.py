@@ -78,7 +78,7 @@ def test_unet_derivatives_go_forward():
 
     model, (x, t) = random_unet().double(), inputs()
     x, v = x.double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    _, rate = along_flow(model, x, t, v)
+    _, rate = along_flow(model, x, t, v, torch.zeros_like(t), over=0)
     directions = (v, torch.ones_like(t))
     _, twice_backward = torch.autograd.functional.jvp(model, (x, t), directions)
     # Times are float32 inside: a hundred roundings of them at most.
