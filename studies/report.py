@@ -76,13 +76,14 @@ def write_report(folder: Path, path: Path) -> None:
         link = os.path.relpath(file, path.parent)
         if hasattr(study, "page"):
             write_page(name, folder, path.parent / f"{name}.md")
-        words.append(verdict.word)
+        if not study.CLAIM.startswith("None in the paper"):
+            words.append(verdict.word)
         rows.append(f"| [{name}](#{name}) | {study.CLAIM} | {study.RULE} | **{verdict.word}** |")
         sections.append(_section(name, study, document, verdict, link))
     rows += [f"| - | {claim} | not testable here: {why} | |" for claim, why in NOT_TESTABLE]
-    held, tested = words.count("confirmed"), len(words) - words.count("no claim")
+    held = words.count("confirmed")
     table = [
-        f"Of {tested} claims that are tested, {held} hold here.\n",
+        f"Of {len(words)} claims of the paper that are tested, {held} hold here.\n",
         "| study | the paper's claim, and where | it holds here if | here |",
         "|---|---|---|---|",
         *rows,

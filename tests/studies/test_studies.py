@@ -1,6 +1,8 @@
 """The studies: their statistics with fixed seeds, verdicts, files and the command."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,16 @@ def test_coverage_sweeps_every_method_alike_and_resumes(tmp_path, monkeypatch):
     assert len(trained) == per_method * len(coverage_study.METHODS)
 
 
+def test_the_readme_says_how_many_claims_hold():
+    root = Path(report.__file__).parents[1]
+    tested, held = re.search(
+        r"Of (\d+) claims of the paper that are tested, (\d+) hold here",
+        (root / "docs/studies.md").read_text(),
+    ).groups()
+    said = " ".join((root / "README.md").read_text().split())
+    assert f"{held} of {tested} tested claims of the paper hold" in said
+
+
 def test_distance_summary_is_start_peak_and_end():
     curve = [0.0, *[1.0] * 10, *[3.0] * 10, *[2.0] * 10]
     assert distance.summary(curve) == (0.0, 3.0, 2.0)
@@ -210,7 +222,7 @@ def test_study_all_runs_what_is_missing_and_writes_the_page(tmp_path, monkeypatc
     command.main(words)
     text = page.read_text()
     assert "| [one](#one) | it is positive | the number is above 0 | **confirmed** |" in text
-    assert "Of 2 claims that are tested, 2 hold here." in text
+    assert "Of 2 claims of the paper that are tested, 2 hold here." in text
     assert "Here: **confirmed**. The number is 1." in text
     assert "![two](../results/two.png)" in text and "not testable here" in text
     document = json.loads((tmp_path / "results" / "one.json").read_text())
@@ -229,8 +241,6 @@ def test_study_all_runs_what_is_missing_and_writes_the_page(tmp_path, monkeypatc
     ],
 )
 def test_a_wrong_request_is_one_sentence(argv, message, capsys, tmp_path, monkeypatch):
-    import re
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         command.main(argv)
