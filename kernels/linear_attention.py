@@ -36,7 +36,7 @@ def split_tokens(tokens: int) -> tuple[int, int]:
 def launch_shape(width: int, itemsize: int, block_t: int = 64) -> dict[str, int]:
     """Compile-time constants and warps for a head width; tl.dot wants sides of 16 at least.
 
-    fp32 products run without tensor cores and hold their operands in registers: few tokens at once.
+    fp32 matmuls run without tensor cores and hold their operands in registers: few tokens at once.
     """
     block = max(16, width)
     return {

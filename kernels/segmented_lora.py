@@ -35,7 +35,7 @@ MAX_RANK = 256
 def tiles(n: int, c: int, inner: int, itemsize: int) -> dict[str, int]:
     """Block sizes for outputs n wide and inner sums c long.  Not measured on a GPU.
 
-    fp32 products run without tensor cores and hold their operands in registers: smaller tiles; so
+    fp32 matmuls run without tensor cores and hold their operands in registers: smaller tiles; so
     do 128 columns of a sum in several steps, which spill in steps of 64.
     """
     block_t, block_n, block_c = (32, 32, 32) if itemsize == 4 else (64, 64, 64)

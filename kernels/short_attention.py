@@ -205,7 +205,7 @@ def _short_attention_backward_kernel(
 def launch_shape(tokens: int, heads: int, width: int, itemsize: int) -> dict[str, int]:
     """Compile-time constants.
 
-    fp32 products hold their operands in registers: few pairs at once, in chunks of 16 columns.
+    fp32 matmuls hold their operands in registers: few pairs at once, in chunks of 16 columns.
     """
     block_d = max(16, triton.next_power_of_2(width))
     chunk = 16 if itemsize == 4 else min(32, block_d)

@@ -1,4 +1,4 @@
-"""Rows in e4m3: what enters SANA's large products at 1024px, one sample and three lanes of it."""
+"""Rows in e4m3: what enters SANA's large matmuls at 1024px, one sample and three lanes of it."""
 
 from collections.abc import Iterator
 from functools import partial

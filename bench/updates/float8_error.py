@@ -2,7 +2,7 @@
 
 ``velocity_error`` (relative L2, Euler, h = .02, guidance 4.5) of a bfloat16 network
 with and without e4m3: the trained digits teacher, and a SANA with random weights.  ``smallest`` are
-the terms and outputs of the smallest product that is taken; the rule that pays at 1.6B takes the
+the terms and outputs of the smallest matmul that is taken; the rule that pays at 1.6B takes the
 fewest of so small a network.  On a CPU the same e4m3 numbers are multiplied in float32.
 """
 

@@ -14,7 +14,7 @@
     cheap, block      less is kept for the backward (``mfd_fast.backbones.activation``)
     batch N           N samples an update
     ab2               a second-order solver with twice the step: half the evaluations
-    fp8               products of the lanes without gradient in 8 bits; only on a GPU
+    fp8               matmuls of the lanes without gradient in 8 bits; only on a GPU
 
 Every variant has the same interval and runs in a process of its own: updates of each role that are
 not counted, one whose operators are, then the timed ones.  Digits have no other network and no
@@ -174,9 +174,9 @@ def _launches(update: Callable, kind: str) -> dict[str, int | None]:
 
 
 def add_rates(rows: list[dict], rates: dict[str, float], cycle: tuple[int, int]) -> None:
-    """Columns that need more than a row: achieved rate, its share of a product's, cycles an hour.
+    """Columns that need more than a row: achieved rate, its share of a matmul's, cycles an hour.
 
-    ``rows`` are the two roles of one variant; ``rates`` has ``tflops`` of a large product.
+    ``rows`` are the two roles of one variant; ``rates`` has ``tflops`` of a large matmul.
     """
     for row in rows:
         achieved = row["gflop"] / row["seconds"] / 1e3

@@ -1,7 +1,7 @@
 """What a forward with gradient keeps for its backward: all, the expensive part, or block inputs.
 
     none     everything autograd asks for
-    cheap    results of large matrix products, convolutions and attention; norms, activations,
+    cheap    results of large matmuls, convolutions and attention; norms, activations,
              gates and other pointwise work are computed again
     block    the input of every block; the block is computed again
 
@@ -148,7 +148,7 @@ def _keep_if_expensive(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
 
 
 def _product_length(name: str, args: tuple) -> int:
-    """Terms summed for one result of a matrix product or convolution; 0 for other operators."""
+    """Terms summed for one result of a matmul or convolution; 0 for other operators."""
     if name in PRODUCTS:
         return args[PRODUCTS[name]].shape[-1]
     if name == "convolution":

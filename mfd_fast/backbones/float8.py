@@ -1,17 +1,17 @@
-"""FP8 for lanes without gradient: the frozen network's large products in e4m3.  Off by default.
+"""FP8 for lanes without gradient: the frozen network's large matmuls in e4m3.  Off by default.
 
     y = (x8 w8^T) sx sw + b        x8, sx: x by rows, at every call;  w8, sw: the weight, once
 
-Only products: adapters, norms, attentions, biases and everything between them keep the network's
+Only matmuls: adapters, norms, attentions, biases and everything between them keep the network's
 dtype, and so does every call with gradients.  A copy of a weight takes 1 byte a number, beside the
 2 of bf16 that the calls with gradient read.
 
-Which products: K terms, M rows and N outputs cost 2 M K N operations, and quantising x moves 3 M K
+Which matmuls: K terms, M rows and N outputs cost 2 M K N operations, and quantising x moves 3 M K
 bytes.  An H100 (798 TFLOP/s of bf16 measured, fp8 taken as twice that, 3.0 TB/s) saves
 M K N / 798e12 seconds and spends 3 M K / 3.0e12, so N must be above 798; with fewer than
 798 / 3.0 = 266 rows or terms a product waits for its weight or its result and not for its
 operations.  Not measured on a GPU: others' runs leave open 1.0 to 1.5 times as fast, most of it on
-consumer cards and from four samples on.  Only products of tokens ``[R, T, K]``: what has one row a
+consumer cards and from four samples on.  Only matmuls of tokens ``[R, T, K]``: what has one row a
 sample or a time, ``[R, K]`` (time embeddings, tables of them), decides about all tokens and costs
 little.
 """
@@ -125,7 +125,7 @@ def use_float8(
 
     To be called when the network is where it will run, and again if its frozen weights change.
     ``ValueError`` for a backbone of full copies, whose weights are trained, and for a device or
-    dtype without such products.
+    dtype without such matmuls.
     """
     if not isinstance(backbone, SharedBackbone):
         raise ValueError(

@@ -1,8 +1,8 @@
 """The parts of an AdapterBank: a target layer, an adapter's flat storage, and y += s B A x.
 
 A target is an ``nn.Linear`` or a 1x1 ``nn.Conv2d``; both are seen as matrices ``[rows, P, in]``.
-Without gradients y is updated in place: two matrix products and nothing else, on strided views of
-the rows concerned.  With gradients the same two products, out of place.
+Without gradients y is updated in place: two matmuls and nothing else, on strided views of
+the rows concerned.  With gradients the same two matmuls, out of place.
 """
 
 from dataclasses import dataclass

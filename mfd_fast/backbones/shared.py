@@ -125,7 +125,7 @@ class SharedBackbone(nn.Module):
         return network.eval()
 
     def _products(self) -> AbstractContextManager:
-        """Entered around the network: its products in e4m3 where no gradient is wanted."""
+        """Entered around the network: its matmuls in e4m3 where no gradient is wanted."""
         is_off = self.float8 is None or torch.is_grad_enabled()
         return nullcontext() if is_off else self.float8
 

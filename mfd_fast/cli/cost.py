@@ -155,7 +155,7 @@ def calibrate() -> None:
 
     Example: mfd-fast calibrate
 
-    Rates of a large product and copy, and what the host needs to launch an operator.
+    Rates of a large matmul and copy, and what the host needs to launch an operator.
     """
     from mfd_fast.cost import own
     from mfd_fast.cost.devices import here

@@ -21,7 +21,7 @@ DATA_SHEET = "vendor data sheet, dense, without sparsity"
 class Device:
     """Rates of one device.
 
-    bf16_tflops: products of 16-bit factors with fp32 sums; fp32_tflops: of float32 (no TF32).
+    bf16_tflops: matmuls of 16-bit factors with fp32 sums; fp32_tflops: of float32 (no TF32).
     bandwidth: bytes a second of memory; memory: bytes; watts: power limit.
     link: bytes a second to a neighbouring GPU of the same machine, one way; 0: unknown.
     is_gpu: whether a process holds a context on it beside its tensors.
@@ -39,7 +39,7 @@ class Device:
     is_gpu: bool = True
 
     def flops(self, dtype: torch.dtype) -> float:
-        """Operations a second of products in ``dtype``; 8 bits twice as many as 16."""
+        """Operations a second of matmuls in ``dtype``; 8 bits twice as many as 16."""
         if dtype.itemsize == 1:
             return 2e12 * self.bf16_tflops
         is_16_bit = dtype in (torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ REPLAYED = Host(1.5e-6, 7.7e-6, "replayed as CUDA graphs")
 class Efficiency:
     """The share of a device's rates that the operators of a run reach.
 
-    shares: family -> share of the rate of products; bandwidth: share of the memory's.
+    shares: family -> share of the rate of matmuls; bandwidth: share of the memory's.
     host: what launching one operator costs; a phase is never faster than its launches.
     phases: phase, or the role of one -> what was measured of it; takes the place of the others.
     hosts: every way to launch, ``host`` among them.
@@ -93,7 +93,7 @@ class Efficiency:
         return self.phases.get(phase, self.phases.get(phase.split("/")[0]))
 
 
-# Shares for a GPU.  Nothing was measured on one: large products usually reach 60 % of a data sheet,
+# Shares for a GPU.  Nothing was measured on one: large matmuls usually reach 60 % of a data sheet,
 # small and fused ones half of that, and a copy at least 75 % of the memory's rate.
 ASSUMED_SHARES = {"product": 0.6, "convolution": 0.3, "attention": 0.3, "adapter": 0.3}
 ASSUMED_BANDWIDTH = 0.75
@@ -105,7 +105,7 @@ def assumed(*, is_captured: bool) -> Efficiency:
     return Efficiency(ASSUMED_SHARES, ASSUMED_BANDWIDTH, host, "assumed, not measured on a GPU")
 
 
-# Dense products with float32 sums: half the data sheet's rate with sparsity, and on GeForce cards
+# Dense matmuls with float32 sums: half the data sheet's rate with sparsity, and on GeForce cards
 # and the A10G half the rate with 16-bit sums.  Link: NVLink where a machine joins all its GPUs by
 # it, else PCIe, for a bridge joins two cards only.  Memory in 10^9 bytes; cards have a little more.
 # fmt: off
@@ -176,7 +176,7 @@ LAUNCHES = 1000
 
 
 def this_machine(kind: str = "") -> Device:
-    """The rates of the device at hand by a large product and a large copy: about a second.
+    """The rates of the device at hand by a large matmul and a large copy: about a second.
 
     kind: "cuda" or "cpu"; the GPU if there is one.
     """
@@ -191,7 +191,7 @@ def this_machine(kind: str = "") -> Device:
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     side, copied = MATMUL_SIDE[kind], COPY_BYTES[kind] >> 20
-    source = f"measured here: a product of {side}^3 and a copy of {copied} MiB"
+    source = f"measured here: a matmul of {side}^3 and a copy of {copied} MiB"
     rates = bf16, fp32, copy_bandwidth(kind)
     return Device(name, *rates, memory, 0.0, 0.0, source, is_gpu=kind == "cuda")
 
@@ -212,7 +212,7 @@ def calibrate(device: Device, kind: str = "") -> Efficiency:
 
 
 def matmul_flops(device: str, dtype: torch.dtype, side: int = 0) -> float:
-    """Operations a second of one square product."""
+    """Operations a second of one square matmul."""
     side = side or MATMUL_SIDE[torch.device(device).type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
     return 2 * side**3 / seconds_of(lambda: a @ b)

@@ -1,6 +1,6 @@
-"""What one operator costs: floating-point operations of its products, and bytes it moves.
+"""What one operator costs: floating-point operations of its matmuls, and bytes it moves.
 
-A multiply-add is two operations.  Only products, convolutions and attentions have operations;
+A multiply-add is two operations.  Only matmuls, convolutions and attentions have operations;
 everything else is limited by memory and is charged its traffic alone.
 """
 
@@ -57,7 +57,7 @@ def _short_attention_qkv(args: tuple, out: Any) -> float:
 
 
 def _short_attention_backward(args: tuple, out: Any) -> float:
-    return 2.5 * _short_attention(args[1:], out)  # five products where the forward has two
+    return 2.5 * _short_attention(args[1:], out)  # five matmuls where the forward has two
 
 
 def _segmented_lora(args: tuple, out: Any) -> float:
@@ -106,7 +106,7 @@ PRODUCTS: dict[str, tuple[str, Formula]] = {
     "_segmented_lora_backward": ("adapter", _segmented_lora_backward),
 }
 
-# Operators of ours that compute no products; a new operator belongs here or above.
+# Operators of ours that compute no matmuls; a new operator belongs here or above.
 MEMORY_BOUND = frozenset(
     {
         *("interpolate", "mfd_loss", "ode_step_", "gated_residual", "_gated_residual_backward"),

@@ -1,6 +1,6 @@
 """What a machine of one's own can do, measured once by ``mfd-fast calibrate`` and kept.
 
-Rates of a large product and a large copy, and the host's seconds an operator: a cycle of a SANA so
+Rates of a large matmul and a large copy, and the host's seconds an operator: a cycle of a SANA so
 small that launching is all that it takes, from Python and, on a GPU, as CUDA graphs.
 """
 

@@ -64,7 +64,7 @@ def _share_inside(points: Tensor, centres: Tensor, k: int) -> float:
 def _distance_rows(a: Tensor, b: Tensor):
     """Squared distances from ``a`` to all of ``b``, some rows at a time.
 
-    What is below the rounding error of the matrix product counts as zero, so that equal samples are
+    What is below the rounding error of the matmul counts as zero, so that equal samples are
     at distance zero exactly.
     """
     rounding = a.shape[1] * torch.finfo(a.dtype).eps

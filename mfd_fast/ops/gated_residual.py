@@ -8,7 +8,7 @@
 
 x, y are [R, T, C] (R lanes of T tokens, C channels), gate is [S, C]: S samples, R / S lanes of
 each, one after the other; it may be rows of a larger tensor (SANA: of [S, 6, C]).  bias [C] is the
-one of the projection that made y, so that its matrix product needs no epilogue.  Arithmetic is
+one of the projection that made y, so that its matmul needs no epilogue.  Arithmetic is
 float32 (float64 for float64), cast once at the end.
 
 Traffic in bytes, E = R T C elements of b bytes: forward 3 E b, the three eager operators 7 E b;

@@ -2,7 +2,7 @@
 
 Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023): patches, adaLN-zero blocks.
 Two choices make it quick on a CPU and keep it free of host syncs: the modulations of all blocks
-depend on (t, label) only and come from one matrix product, and positions are a constant table.
+depend on (t, label) only and come from one matmul, and positions are a constant table.
 
 Letters in shapes: B batch, T tokens, D width, C channels, P patch size.
 """

@@ -202,7 +202,7 @@ class DitBlock(nn.Module):
 
 
 class LegacyAttention(nn.Module):
-    """Normed attention without biases in its products and with the usual merge of heads.
+    """Normed attention without biases in its matmuls and with the usual merge of heads.
 
     The nesting of its modules is that of a checkpoint's names.
     """

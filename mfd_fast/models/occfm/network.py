@@ -48,7 +48,7 @@ class OccfmNetwork(nn.Module):
 
     Args:
         config: sizes and variants.
-        compute_dtype: products run in this dtype under autocast while the weights keep theirs, for
+        compute_dtype: matmuls run in this dtype under autocast while the weights keep theirs, for
             training in half precision; None for no autocast.
     """
 

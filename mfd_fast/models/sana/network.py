@@ -1,4 +1,4 @@
-"""SANA's transformer as a velocity network, with fused operators between its matrix products.
+"""SANA's transformer as a velocity network, with fused operators between its matmuls.
 
 Computes diffusers' ``SanaTransformer2DModel`` (Xie et al., "SANA", 2024) and takes its state dict
 as it is.  Written for integrating many times under one prompt: what depends on the text alone is

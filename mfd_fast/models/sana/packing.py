@@ -1,4 +1,4 @@
-"""Parameters that are views of one tensor, so that several layers are one matrix product.
+"""Parameters that are views of one tensor, so that several layers are one matmul.
 
 The parameters keep their names, shapes and values: a state dict is what it would be without
 packing, and nothing is stored twice.

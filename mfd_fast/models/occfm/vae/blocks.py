@@ -80,7 +80,7 @@ class ClipResidual(nn.Module):
 
 
 class ClipAttention(nn.Module):
-    """Attention over the frames of every pixel, ``[N, F, C]``, by matrix product."""
+    """Attention over the frames of every pixel, ``[N, F, C]``, by matmul."""
 
     def __init__(self, width: int):
         super().__init__()
