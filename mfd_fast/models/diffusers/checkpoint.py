@@ -1,17 +1,18 @@
 """A pipeline in diffusers' folder layout: what it is, checked before its weights are read."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from mfd_fast.files.plain import read_json
 from mfd_fast.hub import fetch
-from mfd_fast.models.diffusers.family import adapter_of
+from mfd_fast.models.diffusers.family import FAMILIES, adapter_of
 from mfd_fast.models.diffusers.teacher_lora import merge_teacher_lora
 from mfd_fast.models.sana.lora_files import Lora
 
@@ -69,6 +70,46 @@ def check_parts(folder: Path, index: dict[str, Any], *, is_local: bool) -> float
             "teacher is FLUX.1 dev"
         )
     return sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) / 1e9
+
+
+def pipeline_with(name: str, **parts: Any) -> Any:
+    """A pipeline of the class ``name`` with these components and no others."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    needed = inspect.signature(cls.__init__).parameters.items()
+    missing = {part: None for part, p in needed if p.default is p.empty and part != "self"}
+    return cls(**missing | parts)
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """The class of the transformer that a pipeline class takes."""
+    import diffusers
+
+    return get_type_hints(getattr(diffusers, name).__init__)["transformer"]
+
+
+def pipeline_around(transformer: nn.Module, scheduler: Any, vae: nn.Module | None) -> Any:
+    """The pipeline that a transformer belongs to, without text encoders.
+
+    ``ValueError`` without a scheduler, or for a network of no pipeline with an adapter.
+    """
+    if scheduler is None:
+        raise ValueError(
+            "a transformer alone does not say at which times its pipeline samples: give scheduler, "
+            "as the pipeline has it, and cond and null, or the whole pipeline"
+        )
+    names = [name for name in FAMILIES if network_class(name) is type(transformer)]
+    if not names:
+        known = sorted({network_class(name).__name__ for name in FAMILIES})
+        raise ValueError(f"{type(transformer).__name__} has no adapter; there are {known}")
+    if vae is None and names[0].startswith("Flux2"):
+        raise ValueError("FLUX.2's pipeline norms latents by its VAE: give vae")
+    # FLUX.2 dev and klein have one class of network: klein's is told no guidance.
+    is_first = len(names) == 1 or not transformer.config.guidance_embeds
+    return pipeline_with(
+        names[0] if is_first else names[1], transformer=transformer, scheduler=scheduler, vae=vae
+    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mfd_fast.backbones.networks import Patterns
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.models.diffusers.backbone import backbone_of
+from mfd_fast.models.diffusers.checkpoint import pipeline_around
 from mfd_fast.models.diffusers.family import Cond, family_of
 from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.sampler import student_sampler
@@ -145,12 +146,16 @@ class Distillation:
             )
 
 
-def distillation(pipe: Any, **options: Any) -> Distillation:
+def distillation(
+    pipe: Any, *, scheduler: Any = None, vae: nn.Module | None = None, **options: Any
+) -> Distillation:
     """Start distilling a pipeline, which is changed in place; nothing is trained yet.
 
     Args:
-        pipe: any pipeline of ``family.FAMILIES``, on its device.  Text encoders may be None if
-            ``cond`` is given, the VAE if no images are asked for.
+        pipe: any pipeline of ``family.FAMILIES``, on its device, or the transformer of one.  Text
+            encoders may be None if ``cond`` and ``null`` are given, the VAE if no images are asked
+            for.
+        scheduler, vae: of the pipeline, beside a transformer; the VAE for images, and for FLUX.2.
         guidance: the teacher's scale, as the pipeline means it; its default if None.
         steps: of the student's sampler.
         rank: of the adapters.
@@ -166,4 +171,8 @@ def distillation(pipe: Any, **options: Any) -> Distillation:
     ``ValueError``: no flow model, no adapter for it, distilled already, a size that its latents
     cannot have, or a diffusers that does not do what the adapter knows of it (``probe``).
     """
+    if isinstance(pipe, nn.Module):
+        pipe = pipeline_around(pipe, scheduler, vae)
+    elif scheduler is not None or vae is not None:
+        raise ValueError("scheduler and vae belong to a transformer; the pipeline has its own")
     return Distillation(pipe, **options)

@@ -1,18 +1,25 @@
 """A pipeline's run without its weights: what an estimate and the settings need."""
 
-import inspect
 import re
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 
 from mfd_fast.backbones.networks import names_of
 from mfd_fast.models.diffusers.backbone import backbone_of
-from mfd_fast.models.diffusers.checkpoint import CONFIGS, INDEX, outline, quiet, read_index
+from mfd_fast.models.diffusers.checkpoint import (
+    CONFIGS,
+    INDEX,
+    network_class,
+    outline,
+    pipeline_with,
+    quiet,
+    read_index,
+)
 from mfd_fast.models.diffusers.family import Family, family_of
 from mfd_fast.models.diffusers.presets import PipelineRun, PipelineSettings
 from mfd_fast.models.diffusers.published import Published, published
@@ -27,17 +34,14 @@ def published_pipeline(model: Published) -> Any:
     """The pipeline of a published model with network and VAE on ``meta`` and nothing else."""
     import diffusers
 
-    cls = getattr(diffusers, model.pipeline)
     vae, options = model.vae
     with torch.device("meta"):
         made = {
-            "transformer": get_type_hints(cls.__init__)["transformer"](**model.network),
+            "transformer": network_class(model.pipeline)(**model.network),
             "vae": getattr(diffusers, vae)(**options),
             "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
         }
-    needed = inspect.signature(cls.__init__).parameters.items()
-    missing = {name: None for name, p in needed if p.default is p.empty and name != "self"}
-    return cls(**missing | made)
+    return pipeline_with(model.pipeline, **made)
 
 
 def check_teacher(config: PipelineRun) -> None:

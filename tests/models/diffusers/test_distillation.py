@@ -72,6 +72,39 @@ def test_the_folder_gives_our_samples_in_the_stock_pipeline(name, tmp_path):
     assert all(key.startswith("transformer.") for key in load_file(written[0]))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux2-klein", "flux1-dev"])
+def test_a_transformer_alone_is_distilled_like_its_pipeline(name):
+    """With the scheduler, and conditions that were encoded before."""
+    whole = made(name, steps=2)
+    cond = whole.cond(PROMPTS)
+    null = whole.family.encode_null() if whole.family.has_null else None
+    pipe = tiny_pipeline(name)
+    if name == "flux2-klein":
+        with pytest.raises(ValueError, match=r"FLUX\.2's pipeline norms latents by its VAE: give"):
+            distillation(pipe.transformer, scheduler=pipe.scheduler)
+    alone = distillation(
+        pipe.transformer, scheduler=pipe.scheduler, vae=pipe.vae, cond=cond, null=null,
+        height=64, width=64, rank=2, config=CONFIG, steps=2,
+    )  # fmt: skip
+    assert type(alone.family) is type(whole.family)
+    for _ in range(4):
+        first, second = whole.step(cond), alone.step(cond)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (torch.nn.Linear(1, 1), {"scheduler": 1}, "Linear has no adapter; there are"),
+        (torch.nn.Linear(1, 1), {}, "give scheduler, as the pipeline has it, and cond and null"),
+        (object(), {"scheduler": 1}, "belong to a transformer; the pipeline has its own"),
+    ],
+)
+def test_a_network_that_is_not_enough_is_refused(network, options, message):
+    with pytest.raises(ValueError, match=message):
+        distillation(network, **options)
+
+
 def test_adapters_in_the_model_are_adopted(tmp_path):
     teacher = made("sd3", steps=1)
     draw_adapter(teacher.backbone.adapters, "student", 1)
