@@ -26,7 +26,7 @@ from mfd_fast.kernels.dot import dot, round_to
 NUM_WARPS = 4
 NUM_STAGES = 3
 PROGRAMS = 2  # of one row's shrink, for each multiprocessor.  docs/lab-notes.md.
-OUTER_STAGES = 5  # of a sum over tokens, which has few programs and many steps in turn
+OUTER_STAGES = 4  # of a sum over tokens, which has few programs and many steps in turn
 SUM_BLOCK = 1024
 # Sums up to the largest rank make outputs as wide as a layer: wide tiles.
 MAX_RANK = 256

@@ -2,7 +2,7 @@
 # What a first quarter of an hour on an NVIDIA GPU should tell, most important first; docs/gpu.md.
 #
 #   scripts/gpu_check.sh OUT first     build, graphs, headline, tests: at most 480 s
-#   scripts/gpu_check.sh OUT second    profile, fused, operators, memcheck: at most 330 s
+#   scripts/gpu_check.sh OUT second    profile, fused, operators, memcheck: at most 365 s
 #   scripts/gpu_check.sh OUT STAGE...  these only
 #
 # Everything goes straight into OUT, at most eight files: log.txt, and what each stage measured, in
@@ -13,7 +13,7 @@
 #              transformers and peft there is a literal loop, with nvidia-ml-py there are joules
 # MFD_WHEELS   a folder of wheels that this Python lacks; they are unpacked for this run only
 # MFD_COMMIT   the commit, for the results, where the files are no git repository
-# SECONDS_MAX  stop starting things after this many seconds (default: 480, "second": 330)
+# SECONDS_MAX  stop starting things after this many seconds (default: 480, "second": 365)
 # DRY_RUN=1    all of it small and on the CPU, to try this script itself
 #
 # Exit status: 0 all passed, 1 something failed, 2 wrong arguments, 3 there is no GPU.
@@ -25,7 +25,7 @@ shift
 seconds_max=480
 case "$*" in
   first) set -- build graphs headline tests ;;
-  second) set -- profile fused operators memcheck; seconds_max=330 ;;
+  second) set -- profile fused operators memcheck; seconds_max=365 ;;
 esac
 for stage in "${@:-none}"; do
   case $stage in

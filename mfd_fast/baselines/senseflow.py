@@ -45,7 +45,7 @@ class SenseFlow(DistributionMatching):
         return self.head(with_middle(teacher, lambda: teacher(x_t, t, cond))[1])
 
     def state(self, batch: Batch, k: int) -> Tensor:
-        if torch.rand((), generator=batch.host) < 0.5:
+        if k == 0 or torch.rand((), generator=batch.host) < 0.5:  # at t = 1 both are noise
             return super().state(batch, k)
         t = torch.full((batch.size,), self.schedule.nodes[k], device=batch.device)
         return interpolate(batch.data, batch.noise(), t)

@@ -151,11 +151,10 @@ def built(config: RunConfig) -> "tuple[Distiller, Callable[[int], Any]]":
 
 
 def calibrate() -> None:
-    """Measure this machine once, for every later estimate of it: at most two minutes.
+    """Measure this machine once, for every later estimate of it: rates of a large matmul and copy,
+    and what the host needs to launch an operator; at most two minutes.
 
     Example: mfd-fast calibrate
-
-    Rates of a large matmul and copy, and what the host needs to launch an operator.
     """
     from mfd_fast.cost import own
     from mfd_fast.cost.devices import here

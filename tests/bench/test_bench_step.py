@@ -205,7 +205,8 @@ def test_the_page_is_what_the_results_say():
 def test_the_waterfall_of_the_small_sana_is_committed():
     result = json.loads((RESULTS / "step_sana_mini_cpu.json").read_text())
     by_variant = waterfall.variants(result)
-    assert list(by_variant) == variants.variants_of("sana-mini", "cpu")
+    there = variants.variants_of("sana-mini", "cpu")  # "literal regional" came later
+    assert list(by_variant) == [name for name in there if name != "literal regional"]
     assert waterfall.reference(by_variant) is by_variant["literal"]
     assert all(set(roles) == {"aux", "student"} for roles in by_variant.values())
 

@@ -143,16 +143,6 @@ def test_the_expected_segment_is_the_middle_one():
         assert abs(mean - (steps - 1) / 2) < 4 * math.sqrt((steps**2 - 1) / 12 / total)
 
 
-def test_the_expected_integration_of_senseflow_is_half_the_segment():
-    """One step from t = 1 to 0, t_mid uniform: N = 1, ..., 1/h equally often."""
-    longest = 20
-    draws = drawn("senseflow", step_size=1 / longest)["student"]
-    drawn_times = STUDENT_UPDATES * BATCH
-    mean = sum(n * count for n, count in draws.asked.items()) / drawn_times
-    assert abs(mean - (longest + 1) / 2) < 4 * math.sqrt((longest**2 - 1) / 12 / drawn_times)
-    assert draws.made == {BATCH: STUDENT_UPDATES}
-
-
 @pytest.mark.parametrize("objective", COMPARED)
 def test_memory_that_stays_is_that_of_what_is_trained(objective):
     config = digits(objective, micro_batches=2)
@@ -186,7 +176,7 @@ def test_estimate_from_the_command_line(objective, capsys):
     assert f"one cycle of {objective}: {updates} updates" in printed
     assert ("aux/" in printed) == (objective not in ALONE)
     assert f"{objective} trains in one process, on one GPU." in printed
-    assert ("E[N]" in printed) == (objective in ("cd", "senseflow"))
+    assert ("E[N]" in printed) == (objective == "cd")
 
 
 def test_measured_and_predicted_phases_of_a_cycle_have_the_same_names():

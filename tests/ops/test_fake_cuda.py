@@ -61,6 +61,7 @@ def trace(library: Path, *arguments: str) -> dict:
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
         "MFD_FAST_BACKEND": "auto",
         "LD_PRELOAD": str(library),
+        "MFD_FAST_MULTIPROCESSORS": "132",
     }
     command = [sys.executable, "-W", "ignore", str(FAKE_CUDA / "trace.py")]
     done = subprocess.run(

@@ -61,7 +61,7 @@ def test_at_most_thirty_added_lines(path):
 def site(tmp_path_factory):
     """A folder with what a wheel of this checkout installs, without compiled operators."""
     folder = tmp_path_factory.mktemp("wheel")
-    left = shutil.ignore_patterns(".*", "build", "bench", "tests", "docs", "*.egg-info", "*.so")
+    left = shutil.ignore_patterns(".*", "build", "tests", "docs", "*.egg-info", "*.so")
     shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=left)
     environment = {**os.environ, "MFD_FAST_NO_EXT": "1"}
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]

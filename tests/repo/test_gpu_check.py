@@ -111,7 +111,7 @@ def test_expected_times_fit_the_two_commands():
     times = {name: (int(expected), int(limit)) for name, expected, limit in steps}
     assert all(expected < limit for expected, limit in times.values())
     operators = 2 * times['"$op"'][0]  # counted once among all
-    assert sum(expected for expected, _ in times.values()) + operators < 0.8 * (480 + 330)
+    assert sum(expected for expected, _ in times.values()) + operators < 0.8 * (480 + 365)
 
 
 @pytest.mark.parametrize(
