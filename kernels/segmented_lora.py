@@ -26,7 +26,6 @@ from mfd_fast.kernels.dot import dot, round_to
 NUM_WARPS = 4
 NUM_STAGES = 3
 PROGRAMS = 2  # of one row's shrink, for each multiprocessor.  docs/lab-notes.md.
-OUTER_STAGES = 4  # of a sum over tokens, which has few programs and many steps in turn
 SUM_BLOCK = 1024
 # Sums up to the largest rank make outputs as wide as a layer: wide tiles.
 MAX_RANK = 256
@@ -259,7 +258,7 @@ def _outer(p: Tensor, q: Tensor, out: Tensor, rows: Tensor, scale: float) -> Ten
     grid = (triton.cdiv(m, shape["BLOCK_M"]) * triton.cdiv(n, shape["BLOCK_N"]), groups, adapters)
     _segmented_outer_kernel[grid](
         p, q, out, rows, float(scale), p.shape[0], p.shape[1],
-        num_warps=NUM_WARPS, num_stages=OUTER_STAGES, **shape,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
     )  # fmt: skip
     return out
 

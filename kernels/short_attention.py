@@ -19,7 +19,6 @@ from mfd_fast.kernels.dot import dot, round_to
 TOKENS = tl.constexpr(16)  # of a tile
 PAIR_ELEMENTS = 2048  # of one operand in a program; not measured on a GPU
 NUM_WARPS = 4
-NUM_STAGES = 2  # of the backward's chunks; with three, sm_89 keeps a stack frame
 PROGRAMS = 1056  # of a backward that sums the gradient of the bias; as in gated_residual
 GROUPS = 16  # of those sums, each added up by itself first
 
@@ -274,6 +273,8 @@ def short_attention_backward(
     if grad_qkv.numel() == 0:
         return grad_qkv, q.new_zeros(bias_shape, dtype=torch.float32)
     blocks, head_blocks, shape = _grid(q)
+    # Heads in several chunks: with four warps some architectures keep a stack frame.
+    warps = NUM_WARPS if width <= shape["CHUNK"] else 8 if q.element_size() == 4 else 2
     parts, each, partial = blocks, 1, None
     if with_bias:  # the parts past the last row are zeros
         parts, each = partition(1, blocks, PROGRAMS // head_blocks)
@@ -282,7 +283,7 @@ def short_attention_backward(
     _short_attention_backward_kernel[(parts, head_blocks)](
         grad, q, k, v, bias, grad_qkv, partial, _merged(tokens, heads, width, row_major),
         *map(_strides, (q, k, v, bias)), rows, heads, each, float(scale),
-        VECTOR=_vector(q, k, v, width=width), num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
+        VECTOR=_vector(q, k, v, width=width), num_warps=warps, **shape,
     )  # fmt: skip
     if partial is None:
         return grad_qkv, q.new_empty(bias_shape, dtype=torch.float32)
