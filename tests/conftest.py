@@ -1,5 +1,6 @@
 """Where the tests run: on the CPU with Triton's interpreter, or on a GPU if there is one."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = (
         "1"  # before the first import of triton: kernels run on CPU tensors
     )
+    if importlib.util.find_spec("triton") is not None:
+        from quick_interpreter import patch_once
+
+        patch_once()
 
 NEEDS_GPU = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is false")
 

@@ -77,9 +77,8 @@ def assert_launchers_accurate(lanes, qkv, grad, bias, row_major):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_major", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(5, 12, 8, 8), *SHAPES[3:6]])
+@pytest.mark.parametrize(("has_bias", "row_major"), [(False, True), (True, False)])
+@pytest.mark.parametrize("shape", [(3, 12, 8, 8), (2, 16, 2, 64), SHAPES[4], (2, 5, 9, 12)])
 def test_triton_matches_float64(shape, has_bias, row_major, dtype, triton_device):
     qkv, grad, bias = make_inputs(*shape, dtype, triton_device)
     assert_launchers_accurate(kernel, qkv, grad, bias if has_bias else None, row_major)
@@ -88,15 +87,15 @@ def test_triton_matches_float64(shape, has_bias, row_major, dtype, triton_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 30.0])
 def test_triton_takes_extreme_values(scale, dtype, triton_device):
-    qkv, grad, bias = make_inputs(9, 12, 8, 16, dtype, triton_device, scale)
+    qkv, grad, bias = make_inputs(3, 12, 4, 16, dtype, triton_device, scale)
     assert_launchers_accurate(kernel, qkv, grad, bias * scale, False)
 
 
 def test_triton_sums_the_gradient_of_the_bias_over_several_blocks(triton_device, monkeypatch):
-    monkeypatch.setattr(kernel, "PROGRAMS", 5)  # 25 blocks of rows in 5 parts, 11 of them empty
-    shape = kernel.launch_shape(3, 8, 4, 4)
-    rows = 25 * shape["PAIRS"] // shape["BLOCK_H"]
-    qkv, grad, bias = make_inputs(rows, 3, 8, 4, torch.float32, triton_device)
+    monkeypatch.setattr(kernel, "PROGRAMS", 3)  # 9 blocks of rows in 3 parts, 13 more are empty
+    shape = kernel.launch_shape(3, 2, 4, 4)
+    rows = 9 * shape["PAIRS"] // shape["BLOCK_H"]
+    qkv, grad, bias = make_inputs(rows, 3, 2, 4, torch.float32, triton_device)
     assert_launchers_accurate(kernel, qkv, grad, bias, False)
 
 

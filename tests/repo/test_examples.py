@@ -57,23 +57,6 @@ def test_at_most_thirty_added_lines(path):
 # As written, outside the checkout ------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder with what a wheel of this checkout installs, without compiled operators."""
-    folder = tmp_path_factory.mktemp("wheel")
-    left = shutil.ignore_patterns(".*", "build", "tests", "docs", "*.egg-info", "*.so")
-    shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=left)
-    environment = {**os.environ, "MFD_FAST_NO_EXT": "1"}
-    pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
-    wheel = ["wheel", "--no-build-isolation", "--no-deps", "-w", folder, folder / "tree"]
-    subprocess.run([*pip, *map(str, wheel)], cwd=folder, env=environment, check=True)
-    (built,) = folder.glob("*.whl")
-    target = ["install", "--no-deps", "--no-index", "--target", folder / "site", built]
-    subprocess.run([*pip, *map(str, target)], cwd=folder, check=True)
-    shutil.rmtree(folder / "tree")
-    return folder / "site"
-
-
 def python_blocks():
     """The Python blocks of README and of the guide to networks of one's own, by name."""
     for path in (ROOT / "README.md", ROOT / "docs" / "your-model.md"):
@@ -84,18 +67,18 @@ def python_blocks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
-def test_an_example_runs_as_written(name, site, tmp_path):
+def test_an_example_runs_as_written(name, installed, tmp_path):
     shutil.copy(example(name), tmp_path)
-    run([f"{name}.py"], tmp_path, site)
+    run([f"{name}.py"], tmp_path, installed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [pytest.param(b, id=n) for n, b in python_blocks()])
-def test_a_block_runs_as_written(block, site, tmp_path):
+def test_a_block_runs_as_written(block, installed, tmp_path):
     where = "\nimport mfd_fast\nprint(mfd_fast.__file__)\n"
     (tmp_path / "block.py").write_text(block + where)
-    last = run(["block.py"], tmp_path, site).splitlines()[-1]
-    assert Path(last).is_relative_to(site)
+    last = run(["block.py"], tmp_path, installed).splitlines()[-1]
+    assert Path(last).is_relative_to(installed)
     if "save_model" in block:
         assert load_file(tmp_path / "student.safetensors")
 

@@ -89,9 +89,9 @@ def test_a_failed_build_stops_the_run(tmp_path):
 
 @without_gpu
 def test_a_failing_stage_fails_the_run_and_the_next_still_runs(tmp_path):
-    done = gpu_check(tmp_path, "memcheck", "operators", DRY_RUN="1", MFD_FAST_BACKEND="none")
+    done = gpu_check(tmp_path, "memcheck", DRY_RUN="1", MFD_FAST_BACKEND="none")
     assert done.returncode == 1
-    assert set(stages_of(done).values()) == {1} and len(stages_of(done)) == 5
+    assert stages_of(done) == {"launch": 1, "memcheck": 1}
 
 
 @without_gpu
@@ -230,10 +230,10 @@ def python(bare: dict[str, str], *arguments: str) -> subprocess.CompletedProcess
 
 
 def test_a_bare_python_lacks_what_this_one_has(bare):
-    for name in ("scipy", "tyro", "rich"):
-        assert importlib.util.find_spec(name), f"{name} is not installed: nothing is tested"
-        done = python(bare, "-c", f"import {name}")
-        assert f"No module named '{name}'" in done.stderr
+    names = ("scipy", "tyro", "rich")
+    assert all(importlib.util.find_spec(name) for name in names), "nothing is tested"
+    tries = "\n".join(f"try: import {name}\nexcept ImportError as e: print(e)" for name in names)
+    assert python(bare, "-c", tries).stdout == "".join(f"No module named '{n}'\n" for n in names)
     assert python(bare, "-c", "import torch, numpy, safetensors, mfd_fast").returncode == 0
 
 
