@@ -80,6 +80,8 @@ ALL = [
     Benchmark("published", "bench.predict.published", needs=DIFFUSERS, file="published.json"),
     Benchmark("published_cost", "bench.predict.published_cost", needs=DIFFUSERS,
               file="published_cost.json"),
+    Benchmark("objectives_cost", "bench.predict.objectives_cost", needs=DIFFUSERS,
+              file="objectives_cost.json"),
     Benchmark("table4", "bench.predict.table4", file="table4_estimate.json"),
     Benchmark("text_multiple", "bench.predict.text_multiple", file="text_multiple_estimate.json"),
 ]  # fmt: skip

@@ -15,6 +15,7 @@ STUDIES: dict[str, str] = {
     "no-auxiliary": "no_auxiliary",
     "derivative": "derivative",
     "coverage": "coverage",
+    "coverage-all": "coverage_all",
     "cost": "cost",
     "evaluations": "evaluations",
     "evaluations-toys": "evaluations_toys",

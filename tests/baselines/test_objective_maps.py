@@ -18,9 +18,10 @@ from compared_cases import (
 from torch import Generator, nn
 
 from mfd_fast.baselines.batch import along_flow
-from mfd_fast.baselines.cd import consistency
+from mfd_fast.baselines.cd import consistency, num_nodes
 from mfd_fast.baselines.config import AyfSettings, CdSettings, MeanFlowSettings
 from mfd_fast.baselines.imm import KERNEL_FLOOR, push, squared_mmd, time_weight
+from mfd_fast.flow.solvers import num_steps
 
 
 def pairs(size=16):
@@ -169,6 +170,13 @@ def test_cd_loss_vanishes_with_the_step_on_the_exact_jump():
         errors.append(objective.student_loss(batch)[1]["distance"].item())
     rates = [coarse / fine for coarse, fine in itertools.pairwise(errors)]
     assert all(3.5 < rate < 4.5 for rate in rates), rates
+
+
+@pytest.mark.parametrize("step", [0.3, 0.07, 0.05, 0.03, 0.02])
+def test_cd_takes_one_solver_step_from_node_to_node(step):
+    """Also where 1 / h is no whole number."""
+    nodes = torch.arange(num_nodes(step) + 1) / num_nodes(step)
+    assert (num_steps(nodes[1:], nodes[:-1], step_size=step) == 1).all()
 
 
 def test_cd_target_is_the_sample_at_the_end_of_the_trajectory():

@@ -3,17 +3,20 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from gaussian import GaussianNetwork
 from torch import Generator
 
+from mfd_fast.baselines.config import ObjectiveName
 from mfd_fast.flow.integrate import mean_velocity
 from mfd_fast.flow.times import sample_time_pairs
 from mfd_fast.run.maker import make_distiller
 from studies import (
     STUDIES,
+    coverage_all,
     distance,
     jacobian,
     loss_spread,
@@ -132,16 +135,16 @@ def test_energy_distance_is_zero_for_one_law_and_grows_with_a_shift():
     assert abs(same) < 0.01 < 0.5 < shifted
 
 
-FAKE_ROW = dict.fromkeys(coverage_study.KEYS, 1.0) | {
-    f"{key}_std": 0.1 for key in coverage_study.KEYS
-}
-
-
 def coverage_figures(mfd_distance, mfd_recall):
-    sweep = {"selected_by": "recall", "sweep": [{"lr": 1e-3, "recall": 0.5}]}
-    rows = [{"method": name, "lr": 1e-3, **FAKE_ROW, **sweep} for name in coverage_study.METHODS]
-    rows[0] |= {"frechet_to_data": mfd_distance, "recall": mfd_recall}
-    return {"rows": rows, "updates": 10, "seeds": 3}
+    """Every number is 1 but those of mfd at equal time."""
+    row = {"updates": 10, "evaluations": 60.0, "lr": 1e-3, "selected_by": "recall"}
+    row |= {"sweep": [{"lr": 1e-3, "recall": 0.5}]}
+    row |= {f"{key}{end}": 1.0 for key in coverage_study.KEYS for end in ("", "_std")}
+    budgets, methods = coverage_study.BUDGETS, coverage_study.METHODS
+    rows = [{"budget": b, "method": m, **row} for b in budgets for m in methods]
+    rows[0] |= {"frechet_to_data": 0.5, "recall": 2.0}
+    rows[len(methods)] |= {"frechet_to_data": mfd_distance, "recall": mfd_recall}
+    return {"rows": rows}
 
 
 @pytest.mark.parametrize(
@@ -151,32 +154,49 @@ def coverage_figures(mfd_distance, mfd_recall):
 def test_coverage_needs_the_best_distance_and_the_best_recall(values, word, tmp_path):
     figures = coverage_figures(*values)
     assert coverage_study.judge(figures).word == word
-    assert f"| mfd | 0.001 | 1 (0.1) | {values[0]:.3g} (0.1) |" in coverage_study.table(figures)
+    row = f"| time | mfd | 10 | 60 | 0.001 | 1 (1) | {values[0]:.3g} (1) |"
+    assert row in coverage_study.table(figures)
     coverage_study.draw(figures, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_coverage_sweeps_every_method_alike_and_resumes(tmp_path, monkeypatch):
-    """Each method: every rate with one seed, the best of them with all; done runs stay."""
+    """Each method and budget: every rate with one seed, the best of them with all; at equal time
+    as many evaluations as mfd, to one cycle; the study of all methods repeats no run.
+    """
     trained = []
 
     def train(config):
-        trained.append((config.distill.objective, config.distill.student_optim.lr))
+        trained.append((config.distill.objective, config.train.updates, config.distill.guidance))
         return config, [], 1.0
 
     def measure(config, num_samples):
-        lr = config.distill.student_optim.lr
-        return dict.fromkeys(coverage_study.KEYS, lr)
+        return dict.fromkeys(coverage_study.KEYS, config.distill.student_optim.lr)
 
+    cost = dict(zip(get_args(ObjectiveName), range(20, 2, -2), strict=True))
     monkeypatch.setattr(coverage_study, "distil", train)
     monkeypatch.setattr(coverage_study, "measured", measure)
-    figures = coverage_study.run(0, tmp_path)
+    monkeypatch.setattr(coverage_study, "evaluations", cost.get)
+    rows = coverage_study.run(0, tmp_path)["rows"]
     per_method = len(coverage_study.LEARNING_RATES) + coverage_study.NUM_SEEDS - 1
-    assert len(trained) == per_method * len(coverage_study.METHODS)
+    others = len(coverage_study.METHODS) - 1
+    assert len(trained) == per_method * (1 + 2 * others)  # mfd's are the same at both
     best = min(coverage_study.LEARNING_RATES)
-    assert all(row["lr"] == best and row["recall"] == best for row in figures["rows"])
-    assert coverage_study.run(0, tmp_path) == figures
-    assert len(trained) == per_method * len(coverage_study.METHODS)
+    assert all(row["lr"] == row["recall"] == best for row in rows)
+    spent = rows[0]["evaluations"]
+    equal = [row for row in rows if row["budget"] == "time"]
+    assert all(abs(row["evaluations"] - spent) < cost[row["method"]] for row in equal)
+    assert {guidance for _, _, guidance in trained} == {1.0}
+    done = len(trained)
+    assert coverage_study.run(0, tmp_path)["rows"] == rows and len(trained) == done
+    everything = coverage_all.run(0, tmp_path)["rows"]
+    assert len(trained) == done + per_method * (len(everything) - others - 1)
+    assert all(row in everything for row in equal)
+
+
+def test_evaluations_of_a_consistency_cycle():
+    """A teacher's step, the target, the student forward and twice backward: 5 forwards."""
+    assert coverage_study.evaluations("cd") == pytest.approx(5, rel=0.01)
 
 
 def test_the_readme_says_how_many_claims_hold():

@@ -81,10 +81,14 @@ def pipeline_shapes(config: PipelineRun, device: str) -> Shapes:
 
 
 def pipeline_terms(config: PipelineRun) -> list[tuple[int, Shapes]]:
-    """See :meth:`RunConfig.terms`: networks with ``FEW`` blocks of every kind, and with one more of
-    each kind that has more.
+    """See :meth:`RunConfig.terms`."""
+    return [(n, _shapes(config, few)) for n, few in family_terms(config, outlined(config))]
+
+
+def family_terms(config: PipelineRun, family: Family) -> list[tuple[int, Family]]:
+    """Weights and families that sum to this one: networks with ``FEW`` blocks of every kind, and
+    with one more of each kind that has more.
     """
-    family = outlined(config)
     kinds: dict[Any, list[str]] = {}
     pattern = re.compile(family.blocks)
     for name, block in family.pipe.transformer.named_modules():
@@ -94,7 +98,7 @@ def pipeline_terms(config: PipelineRun) -> list[tuple[int, Shapes]]:
     few = {name for names in kinds.values() for name in names[:FEW]}
     more = [(len(x) - FEW, few | {x[FEW]}) for x in kinds.values() if len(x) > FEW]
     terms = [(1 - sum(n for n, _ in more), few), *more]
-    return [(n, _shapes(config, _with_blocks(config, family, kept))) for n, kept in terms if n]
+    return [(n, _with_blocks(config, family, kept)) for n, kept in terms if n]
 
 
 def _with_blocks(config: PipelineRun, family: Family, kept: set[str]) -> Family:
