@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: demo occfm-demo test lint compat-build gpu-check clean
+.PHONY: demo occfm-demo test lint wheel compat-build gpu-check clean
 
 demo: $(STAMP)-demo  ## distil the digits teacher into one step and show the result
 	$(BIN)/mfd-fast info
@@ -29,6 +29,9 @@ lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' \
 	  'tests/support/cuda_host/*')
+
+wheel: $(STAMP)-torch  ## dist/*.whl; CUDA operators too where torch and nvcc have CUDA, MFD_CUDA=OFF: without
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 
 compat-build:  ## build _C with CUDA for old and new torch, import it, test it on the oldest; no GPU
 	bash scripts/compat_build.sh $(VERSIONS)

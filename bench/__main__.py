@@ -77,6 +77,7 @@ ALL = [
     Benchmark("predicted_memory", "bench.predict.predicted_memory"),
     Benchmark("predicted_time", "bench.predict.predicted_time"),
     Benchmark("families", "bench.predict.families", needs=DIFFUSERS, file="families_estimate.json"),
+    Benchmark("runs", "bench.predict.runs", needs=DIFFUSERS, file="runs_estimate.json"),
     Benchmark("published", "bench.predict.published", needs=DIFFUSERS, file="published.json"),
     Benchmark("published_cost", "bench.predict.published_cost", needs=DIFFUSERS,
               file="published_cost.json"),

@@ -274,7 +274,7 @@ def rows_of(name: str, operator: Operator, case: Case, options: Options, copy: f
                 "impl": impl,
                 **spread(samples, "us", 1.0, 2),
                 "gb_s": round(rate / 1e9, 1),
-                "tflop_s": round(case.flops / seconds / 1e12, 2) if case.flops else None,
+                "tflop_s": round(case.flops / seconds / 1e12, 4) if case.flops else None,
                 "speedup": round(median(results["eager"][0]) * 1e-6 / seconds, 3),
                 "copy_fraction": round(rate / copy, 3),
                 "bytes_moved": case.bytes_moved,

@@ -24,7 +24,11 @@ from mfd_fast.flow.times import (
     shifted_schedule,
 )
 from mfd_fast.ops import interpolate, mfd_loss
+from mfd_fast.run.checkpoint_writer import Checkpointer
+from mfd_fast.run.config import TrainConfig
+from mfd_fast.run.loop import train
 from mfd_fast.run.maker import make_distiller
+from mfd_fast.run.resume import resume_from
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,7 @@ __all__ = [
     "AdapterBank",
     "Backbone",
     "CapturedDistiller",
+    "Checkpointer",
     "CopiedBackbone",
     "DistillConfig",
     "Distiller",
@@ -44,6 +49,7 @@ __all__ = [
     "Ranks",
     "Schedule",
     "SharedBackbone",
+    "TrainConfig",
     "dpm_flow_schedule",
     "generate",
     "guided",
@@ -51,7 +57,9 @@ __all__ = [
     "make_distiller",
     "mean_velocity",
     "mfd_loss",
+    "resume_from",
     "sample_time_pairs",
     "sample_times",
     "shifted_schedule",
+    "train",
 ]

@@ -1,4 +1,4 @@
-"""Renders the tables of README, docs/cost.md and docs/families.md, and docs/performance.md.
+"""Renders the tables of README, quick start, docs/cost.md, docs/families.md; docs/performance.md.
 
 From the committed results, and nothing else.
 
@@ -15,10 +15,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pages", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     is_check = parser.parse_args().check
-    before = readme.README.read_text()
-    pages = {readme.README: readme.render(before), performance.PAGE: performance.render()}
-    pages[cost.PAGE] = readme.render(cost.PAGE.read_text(), cost.TABLES)
-    pages[families.PAGE] = readme.render(families.PAGE.read_text(), families.TABLES)
+    tables = {
+        readme.README: readme.TABLES,
+        readme.QUICKSTART: readme.OF_QUICKSTART,
+        cost.PAGE: cost.TABLES,
+        families.PAGE: families.TABLES,
+    }
+    pages = {path: readme.render(path.read_text(), made) for path, made in tables.items()}
+    pages[performance.PAGE] = performance.render()
     if is_check:
         return int(any(path.read_text() != text for path, text in pages.items()))
     for path, text in pages.items():

@@ -1,4 +1,4 @@
-"""Renders the table of published models in docs/families.md and README.md."""
+"""Renders the table of published models in docs/families.md."""
 
 from bench.predict.families import GPUS
 from bench.results import markdown, read
@@ -32,10 +32,10 @@ def cell(found: dict) -> str:
     """Memory, hours and profile on a card, or what is missing."""
     if not found["fits"]:
         return f"no, {found['gb']:.0f} GB"
-    if not found["text_fits"]:
+    if not found.get("text_fits", True):
         return "no, text encoders"
     profile = found["activation"][0] + "8" * (found["optimizer"] != "adamw")
-    least, most = (f"{hours:.3g}" for hours in found["hours"])
+    least, most = (f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}" for hours in found["hours"])
     hours = least if least == most else f"{least}-{most}"
     return f"{found['gb']:.0f} GB, {hours} h, {profile}"
 

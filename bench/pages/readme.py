@@ -1,14 +1,20 @@
-"""Renders the README's tables from the committed result files, and nothing else."""
+"""Renders the tables of README and quick start from the committed result files alone."""
 
 import re
 from collections.abc import Callable, Mapping
 
-from bench.pages import families
+from bench.pages.families import SHORT, cell
 from bench.results import markdown, read
 from mfd_fast.models.digits.evaluate import COLUMNS
 from mfd_fast.run.environment import ROOT
 
 README = ROOT / "README.md"
+QUICKSTART = ROOT / "docs/quickstart.md"
+RUNS = {  # preset -> what the README calls it
+    "sana-1.6b": "SANA 1.6B, 1024 x 1024",
+    "flux2-klein-4b": "FLUX.2 klein 4B, 1024 x 1024",
+    "occfm": "OccFM, the paper's run",
+}
 
 
 def digits_table() -> str:
@@ -33,7 +39,27 @@ def digits_table() -> str:
     return f"{markdown(['sampler', *(c[0] for c in columns)], rows)}\n\n{caption}"
 
 
-TABLES = {"digits": digits_table, **families.TABLES}
+def runs_table() -> str:
+    """What three whole runs would cost on two cards."""
+    result = read("runs_estimate.json")
+    gpus = list(result["config"]["gpus"])
+    rows = [
+        [f"{RUNS[row['preset']]} (`{row['preset']}`)", str(row["steps"]),
+         f"{row['updates']:,} x {row['batch']}", *(cell(row[gpu]) for gpu in gpus)]
+        for row in result["rows"]
+    ]  # fmt: skip
+    cards = [SHORT[gpu] for gpu in gpus]
+    caption = (
+        "**Predicted**: memory and hours of the preset's whole run, text encoding and decoding not "
+        "counted; n keeps all activations, c recomputes what is cheap, b whole blocks. "
+        "`python -m bench runs --out bench/results`."
+    )
+    head = ["run", "steps", "student updates x batch", *cards]
+    return f"{markdown(head, rows)}\n\n{caption}"
+
+
+TABLES = {"runs": runs_table}
+OF_QUICKSTART = {"digits": digits_table}
 
 
 def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

@@ -32,6 +32,9 @@ DETAILS = (
     ("NVML MB", "nvml_mb", 1, "{:.0f}"),
     ("J an update", "joules", 1, "{:.1f}"),
 )
+# Each of these is the one above and one thing more; every other row of ours is one change to the
+# last of them.
+CUMULATIVE = ("sequential", "lane-packed", "prepared", "fused", "captured")
 Variants = dict[str, dict[str, dict]]
 
 
@@ -134,18 +137,45 @@ def draw(path: Path, picture: Path) -> None:
             axis.barh(list(reached), widths, left=list(reached.values()), color=colour, label=label)
             reached = {n: x + w for (n, x), w in zip(reached.items(), widths, strict=True)}
         longest = max(reached.values())
-        for name, value in reached.items():
-            axis.text(
-                value + 0.01 * longest, name, _short(value), va="center", fontsize=8, color=INK
-            )
+        ends = [_ends(roles[role]) for roles in by_variant.values()]
+        whiskers = [[n - low, high - n] for n, low, high in ends]
+        axis.errorbar(
+            [n for n, _, _ in ends], list(reached), xerr=list(zip(*whiskers, strict=True)),
+            fmt="none", ecolor=INK, elinewidth=0.8, capsize=2.5,
+        )  # fmt: skip
+        for (name, value), (_, _, high) in zip(reached.items(), ends, strict=True):
+            at = max(value, high) + 0.01 * longest
+            axis.text(at, name, _short(value), va="center", fontsize=8, color=INK)
         axis.invert_yaxis()
+        longest = max(longest, *(high for _, _, high in ends))
         axis.set_xlim(0, 1.16 * longest)
+        _divide(axis, list(by_variant))
         axis.set_title(f"{role} update, ms a sample", fontsize=10, color=INK, loc="left")
         axis.grid(axis="x", color=GRID)
         axis.set_axisbelow(True)
         plain_axis(axis)
-    title = f"{result['config']['model']}, {result['device']}, {result['threads']} thread(s)"
+    title = f"{result['config']['model']}, {result['device']}, {result['threads']} thread(s); "
+    last = [name for name in by_variant if name in CUMULATIVE][-1]
+    title += (
+        f"medians, whiskers p10 to p90; below the last dashed line each is one change to {last}"
+    )
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=INK)
     figure.legend(loc="lower center", ncols=len(shown), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     write_png(figure, picture)
+
+
+def _ends(row: dict) -> tuple[float, float, float]:
+    """Milliseconds a sample: median, p10, p90."""
+    keys = ("seconds", "seconds_p10", "seconds_p90")
+    median, low, high = (1e3 / row["batch"] * row[key] for key in keys)
+    return median, min(low, median), max(high, median)
+
+
+def _divide(axis, names: list[str]) -> None:
+    """Lines where the rows stop being others', and where they stop adding up."""
+    from mfd_fast.pictures.grids import INK
+
+    adding = [i for i, name in enumerate(names) if name in CUMULATIVE]
+    for place in {adding[0], adding[-1] + 1} - {0, len(names)}:
+        axis.axhline(place - 0.5, color=INK, lw=0.8, ls="--")

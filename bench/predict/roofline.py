@@ -8,6 +8,7 @@ copy).
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ DTYPES = {
     "cuda": {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
 }
 FP8 = "float8_e4m3fn"
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#2c7a7b", "#d69e2e",
+           "#e53e3e", "#4a5568")  # fmt: skip
 
 
 def roofs(device: str) -> list[dict]:
@@ -47,54 +50,79 @@ def _fp8_flops() -> float:
 
 
 def operators(device_name: str, threads: int) -> Iterator[dict]:
-    """The rows of our implementations on this device and as many threads, with their operator."""
+    """The rows of our implementations on this device and as many threads, with their operator.
+
+    ``flops`` are those of the case, so that rates are not the rounded ones of the file.
+    """
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if (result.get("device"), result.get("threads")) != (device_name, threads):
             continue
-        for row in result.get("rows", ()):
-            if row.get("impl") == "ours" and "copy_fraction" in row:
-                yield {"op": result["op"], **row}
+        rows = [r for r in result["rows"] if r.get("impl") == "ours" and "copy_fraction" in r]
+        counted = _counted(result["op"], "cuda" if result["driver"] else "cpu") if rows else {}
+        for row in rows:
+            flops = counted.get((row["shape"], row["dtype"]), 0)
+            yield {"op": result["op"], **row, "flops": flops}
+
+
+def _counted(op: str, device: str) -> dict[tuple[str, str], int]:
+    """(shape, dtype) -> operations of every case of an operator."""
+    operator = import_module(f"bench.ops.{op}").OPERATOR
+    return {
+        tuple(operator.name_of(case).values()): case.flops for case in operator.cases(device, False)
+    }
 
 
 def draw(rows: list[dict], points: list[dict], device_name: str, path: Path) -> None:
-    """The picture."""
-    from mfd_fast.pictures.grids import INK, new_figure, write_png
+    """The picture: a colour is an operator in both panels, a ceiling is grey."""
+    from mfd_fast.pictures.grids import INK, new_figure, plain_axis, write_png
 
-    figure = new_figure(13.0, max(4.5, 0.16 * len(points) + 1.2))
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1]})
+    figure = new_figure(13.0, max(4.5, 0.17 * len(points) + 1.4))
+    left, right = figure.subplots(1, 2)
     copy = next(row["gb_s"] for row in rows if row["kind"] == "copy")
     tops = {row["dtype"]: row["tflop_s"] for row in rows if row["kind"] == "product"}
-    names = sorted({point["op"] for point in points})
-    colours = dict(zip(names, _colours(len(names)), strict=True))
-    _roofline(left, copy, tops, points, colours)
+    colours = dict(zip(sorted({point["op"] for point in points}), COLOURS * 2, strict=False))
+    plain_axis(left)
+    plain_axis(right)
+    _roofline(left, copy, tops, [p for p in points if p["flops"]], colours)
     _shares(right, points, colours)
-    figure.suptitle(device_name, x=0.01, ha="left", fontsize=10, color=INK)
+    figure.suptitle(f"{device_name}: fused operators under its ceilings", x=0.01, ha="left",
+                    fontsize=11, color=INK)  # fmt: skip
     figure.tight_layout()
     write_png(figure, path)
 
 
 def _roofline(axis, copy: float, tops: dict, points: list[dict], colours: dict) -> None:
-    intensity = [2.0**k for k in range(-2, 14)]
-    for dtype, top in tops.items():
-        axis.plot(intensity, [min(top, x * copy / 1e3) for x in intensity], label=dtype, lw=1.2)
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    from mfd_fast.pictures.grids import FAINT, INK
+
+    highest = max(top * 1e3 / copy for top in tops.values())
+    ends = (min([1.0, *(p["flops"] / p["bytes_moved"] for p in points)]) / 2, 400 * highest)
+    for style, (dtype, top) in zip(("-", "--", ":"), tops.items(), strict=False):
+        ridge = top * 1e3 / copy
+        axis.plot((ends[0], ridge, ends[1]), (ends[0] * copy, top * 1e3, top * 1e3), style,
+                  color=FAINT, lw=1.4)  # fmt: skip
+        axis.text(ends[1], top * 1.06e3, f"matmul {dtype}, {top * 1e3:.4g} GFLOP/s", ha="right",
+                  fontsize=8, color=INK)  # fmt: skip
+    axis.text(ends[0], ends[0] * copy * 12, f"copy, {copy:.3g} GB/s", fontsize=8, color=INK)
     seen = set()
     for point in points:
-        if not point["tflop_s"]:
-            continue
-        flops = point["tflop_s"] * 1e12 * point["us"] * 1e-6
         label = None if point["op"] in seen else point["op"]
         seen.add(point["op"])
         marker = "o" if point["dtype"] == "float32" else "^"
-        axis.plot(flops / point["bytes_moved"], point["tflop_s"], marker, label=label,
-                  color=colours[point["op"]], ms=5)  # fmt: skip
+        axis.plot(point["flops"] / point["bytes_moved"], point["flops"] / point["us"] * 1e-3,
+                  marker, label=label, color=colours[point["op"]], ms=6)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xlabel("operations a byte", fontsize=9)
-    axis.set_title("TFLOP/s; lines: copy and matmul rooflines, o float32, ^ 16-bit",
-                   fontsize=9, loc="left")  # fmt: skip
-    axis.legend(fontsize=7, frameon=False)
-    axis.grid(alpha=0.3)
+    axis.set_xlabel("operations a byte moved", fontsize=9)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("GFLOP/s", fontsize=9)
+    axis.set_title("operators that multiply; circles float32, triangles 16-bit", fontsize=9,
+                   loc="left")  # fmt: skip
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _shares(axis, points: list[dict], colours: dict) -> None:
@@ -102,17 +130,12 @@ def _shares(axis, points: list[dict], colours: dict) -> None:
     places = range(len(points))
     axis.barh(places, [p["copy_fraction"] for p in points],
               color=[colours[p["op"]] for p in points])  # fmt: skip
-    axis.set_yticks(places, names, fontsize=6)
+    axis.set_yticks(places, names, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(1.0, color="#1f2933", lw=0.8)
-    axis.set_title("bytes a second, share of the copy's (above 1: in cache)",
+    axis.set_xlabel("bytes a second / those of a large copy", fontsize=9)
+    axis.set_title("all operators against the copy (beyond 1 the data were in cache)",
                    fontsize=9, loc="left")  # fmt: skip
-
-
-def _colours(count: int) -> list:
-    from matplotlib import colormaps
-
-    return [colormaps["tab20"](i % 20) for i in range(count)]
 
 
 def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:

@@ -5,6 +5,9 @@ signal's number when it was stopped, a run after a checkpoint: 130 Ctrl-C, 143 S
 129 SIGHUP.
 """
 
+import errno
+import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -29,7 +32,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "cost",
     "calibrate": "cost",
     "profile": "cost",
-    "compat": "run",
+    "compat": "compat",
     "info": "cost",
 }
 ABOUT = """Distil flow-matching models by Mean Flow Distillation.
@@ -61,16 +64,25 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise ValueError(f"unknown command {name!r}; there is {known}{nearest(name, COMMANDS)}")
+        _quiet()
         _run(name, argv[1:])
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ValueError, OSError, ImportError, Stopped) as error:
-        print(f"mfd-fast {name}: {spoken(name, str(error))}", file=sys.stderr)
+        print(f"mfd-fast {name}: {spoken(name, sentence(error, argv))}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         print("mfd-fast: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet() -> None:
+    """Keep what libraries tell of their optional parts from the terminal; errors stay."""
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree", "xformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
 
 
 def _help(argv: list[str]) -> int:
@@ -103,6 +115,18 @@ def _run(name: str, argv: list[str]) -> None:
             f"unknown {noun.lower()} {typed!r}; there is {known}{nearest(typed, command.names)}"
         )
     command.parse(typed, argv[1:], f"{prog} {typed}")()
+
+
+def sentence(error: Exception, argv: list[str]) -> str:
+    """What to say of an error; the system's own, "[Errno 2] ...", with the option it is about."""
+    if not isinstance(error, OSError) or not error.filename or not error.strerror:
+        return str(error)
+    path = os.fsdecode(error.filename)
+    before = [argv[i] for i, word in enumerate(argv[1:]) if word and path.endswith(word)]
+    option = f"{before[0]}: " if before and before[0].startswith("--") else ""
+    if error.errno == errno.ENOENT:
+        return f"{option}there is no {path}; look at the spelling, or from which folder it is typed"
+    return f"{option}{path}: {error.strerror.lower()}; name another place, or change its rights"
 
 
 def spoken(command: str, message: str) -> str:

@@ -175,8 +175,9 @@ def _write_texts(out: Path, source: Any, encoder: Any, **sizes: int) -> None:
     from tqdm import tqdm
 
     from mfd_fast.models.sana.text.store import write_text_store
+    from mfd_fast.run.console import BAR
 
-    with tqdm(total=len(source), unit=" prompts") as bar:
+    with tqdm(total=len(source), bar_format=BAR, dynamic_ncols=True) as bar:
         try:
             store = write_text_store(out, source, encoder, progress=bar.update, **sizes)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The commands of a run's life: distill, config, sample, evaluate, export, report, compat."""
+"""The commands of a run's life: distill, config, sample, evaluate, export, report."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -138,15 +138,19 @@ def sample(
 
     Args:
         run: Folder of a finished run.
-        out: The PNG; RUN/samples.png if left out.
+        out: The PNG, RUN/samples.png if left out; of several samples a sheet, and the plain images
+            in a folder of its name.
         num: Samples; as many as suit the task if left out.
         seed: Of the noise they start from.
         prompt: Text of an image; may be given several times.
     """
     folder, task = opened(run, config)
     path = out or folder / "samples.png"
-    if path.exists():
-        raise ValueError(f"{path} exists; choose another file with --out")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {path}")
+    for made in (path, path.with_suffix("")):
+        if made.exists():
+            raise ValueError(f"{made} exists; choose another file with --out")
     task.sample(folder, path, num=num or 0, seed=seed, prompts=prompt)
     print(path)
 
@@ -184,23 +188,49 @@ def evaluate(
 
 
 @command(base=places)
-def export(run: Run, config: Annotated[Places, Config], *, out: Path) -> None:
-    """Write a run's student as a full checkpoint in its teacher's layout: all of it, or nothing.
+def export(
+    run: Run,
+    config: Annotated[Places, Config],
+    *,
+    out: Path,
+    to: Literal["checkpoint", "hub-folder"] = "checkpoint",
+    push: Annotated[str, words("OWNER/NAME")] = "",
+) -> None:
+    """Write a run's student for others: all of it, or nothing.
 
-    Example: mfd-fast export runs/sana --out merged
+    Example: mfd-fast export runs/sana --to hub-folder --out shared --push me/sana-4-steps
 
     Args:
         run: Folder of a finished run.
         out: Folder to make.
+        to: A full checkpoint in its teacher's layout; or a folder for a model hub: the student, a
+            model card, settings and pictures.
+        push: Upload the hub folder there.
     """
     from mfd_fast.files.whole import written
 
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out")
+    if push:
+        from mfd_fast.hub import check_model_id
+
+        if to != "hub-folder":
+            raise ValueError("--push uploads a hub folder; type --to hub-folder as well")
+        check_model_id(push)
     folder, task = opened(run, config)
     with written(out) as partial:
-        made = task.export(folder, partial).relative_to(partial)
+        if to == "checkpoint":
+            made = task.export(folder, partial).relative_to(partial)
+        else:
+            from mfd_fast.run.sharing import write_hub_folder
+
+            made = Path()
+            write_hub_folder(folder, task, partial)
     print(out / made)
+    if push:
+        from mfd_fast import hub
+
+        print(hub.push(out, push))
 
 
 def report(
@@ -223,46 +253,6 @@ def report(
         raise ValueError("expected mfd-fast report RUN [RUN ...] [--out FILE.html]")
     opened = [RunFolder.open(run) for run in runs]
     print(write_report(opened, out or opened[0] / "report.html"))
-
-
-def _official_flags() -> Any:
-    """A TypedDict of every flag of the official script, with what it means here."""
-    from mfd_fast.models.sana.compat import PRESET, REFUSED, SPECIAL, TAKEN, WORDS
-    from mfd_fast.run.config import leaves
-
-    kinds = {key: type(value) for key, value in leaves(to_dict(preset(PRESET)))}
-    flags: dict[str, Any] = {
-        flag: Annotated[kinds[keys[0]], arg(help=f"{' and '.join(keys)}.")]
-        for flag, keys in TAKEN.items()
-    }
-    flags |= {flag: Annotated[kind, arg(help=f"{text}.")] for flag, (kind, text) in SPECIAL.items()}
-    for flag, (keys, known, reason) in WORDS.items():
-        text = f"{' and '.join(keys) or reason}."
-        flags[flag] = Annotated[str, words("|".join(known)), arg(help=text)]
-    for flag, reason in REFUSED.items():
-        flags[flag] = Annotated[str, words(""), arg(help=f"Refused: {reason}.")]
-    return TypedDict("OfficialFlags", flags, total=False)
-
-
-@command(noun="FAMILY", names={"sana": "The official script's flags, under their own names."})
-def compat(
-    flags: Annotated[dict, arg(name="", constructor_factory=_official_flags)],
-) -> None:
-    """Run the official SANA command line; a flag that would have no effect is refused.
-
-    Example: mfd-fast compat sana --pretrained_model_name_or_path=MODEL --prompt_dataset=labels.tsv
-    --output_dir=runs/sana
-    """
-    from mfd_fast.models.sana.compat import checkpoint_to_resume, official_config
-
-    config = official_config(flags)
-    if not flags.get("output_dir"):
-        raise ValueError("--output_dir is missing: the run folder to make")
-    out = Path(flags["output_dir"])
-    resume = checkpoint_to_resume(out, flags.get("resume_from_checkpoint", ""))
-    from mfd_fast.run.session import run_distillation
-
-    run_distillation(config, out, resume=resume)
 
 
 def score_sources(config: RunConfig, scores: str) -> dict[str, str]:

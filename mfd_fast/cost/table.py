@@ -11,6 +11,7 @@ from mfd_fast.run.config import with_fast
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Name, seconds, and up to how many of them it is taken.
 UNITS = (("s", 1, 120), ("min", 60, 120), ("h", 3600, 72), ("days", 86400, float("inf")))
+MOST_BATCH = 1000  # a larger one is no limit to anybody
 OVERHEAD = "Not counted: text encoding, decoding and writing images, evaluation, reading data."
 
 
@@ -70,8 +71,14 @@ def _microseconds(host: Host) -> str:
 
 def _range(span: Span, form: str = ".4g") -> str:
     """Both ends, or one number where they look the same."""
-    low, high = f"{span.low:{form}}", f"{span.high:{form}}"
+    low, high = (_number(end, form) for end in span)
     return low if low == high else f"{low}-{high}"
+
+
+def _number(value: float, form: str) -> str:
+    """In the format, without an exponent where it is large."""
+    text = f"{value:{form}}"
+    return f"{value:,.0f}" if "e+" in text else text
 
 
 def duration(span: Span) -> str:
@@ -92,12 +99,14 @@ def _phases(run: Estimate) -> str:
 
 
 def _work(work: Work) -> list[str]:
-    return [f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", f"{work.num_ops:.0f}"]
+    sizes = (_number(value, ".4g") for value in (work.flops / 1e12, work.bytes / 1e9))
+    return [*sizes, f"{work.num_ops:.0f}"]
 
 
 def _phase_row(name: str, work: Work, phase: Phase, whole: Span) -> list[str]:
     host, seconds = _range(phase.host.times(1e3), ".3g"), phase.seconds
-    return [name, *_work(work), host, f"{phase.device * 1e3:.4g}", _range(seconds.times(1e3)),
+    working = _number(phase.device * 1e3, ".4g")
+    return [name, *_work(work), host, working, _range(seconds.times(1e3)),
             phase.bound, f"{seconds.high / whole.high:.0%}"]  # fmt: skip
 
 
@@ -165,7 +174,7 @@ def _fit(run: Estimate) -> str:
     limit, total = run.device.memory, sum(run.memory.values())
     if total <= limit:
         verdict = f"It fits in {limit / 1e9:.4g} GB; the largest batch that does: "
-        verdict += f"{run.largest_batch} (this profile)."
+        verdict += f"{_batch(run.largest_batch)} (this profile)."
     else:
         verdict = f"It does not fit: {(total - limit) / 1e9:.3g} GB more than the "
         verdict += f"{limit / 1e9:.4g} GB there are. Largest batch that fits: {run.largest_batch}."
@@ -178,6 +187,10 @@ def _fit(run: Estimate) -> str:
     )
 
 
+def _batch(largest: int) -> str:
+    return str(largest) if largest <= MOST_BATCH else f"more than {MOST_BATCH:,}"
+
+
 def _profile(profile: Profile) -> str:
     return (
         f"--train.activation {profile.activation} with {profile.optimizer} "
@@ -186,7 +199,8 @@ def _profile(profile: Profile) -> str:
 
 
 def _run(run: Estimate) -> str:
-    energy = f", at most {run.kilowatt_hours:.3g} kWh" if run.device.watts else ""
+    energy = _number(run.kilowatt_hours, ".3g")
+    energy = f", at most {energy} kWh" if run.device.watts else ""
     gpus = (
         f", {_range(run.seconds.times(run.gpus / 3600), '.3g')} GPU hours" if run.gpus > 1 else ""
     )

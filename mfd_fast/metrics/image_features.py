@@ -113,12 +113,17 @@ def few_samples(num: int, size: int, k: int = 3) -> list[str]:
             f"num_eval_samples must be above {k}, for precision and recall look at the {k} nearest "
             f"neighbours; got {num}"
         )
-    if num > size:
+    more = f"--num-eval-samples {10 * size} (mfd-fast evaluate RUN --num-samples {10 * size})"
+    if num > 10 * size:
         return []
+    if num > size:
+        return [
+            f"Frechet distances of {num} samples with {size} components are too large; compare "
+            f"rows of this table alone, or take {more}"
+        ]
     return [
         f"{num} samples are fewer than the {size} components of a feature: the Frechet distances "
-        "are mostly noise, and recall near 1 means nothing; compare with --num-eval-samples "
-        f"{10 * size} (mfd-fast evaluate RUN --num-samples {10 * size})"
+        f"are mostly noise, and recall near 1 means nothing; compare with {more}"
     ]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.files.whole import first_line
-from mfd_fast.hub import fetch
+from mfd_fast.hub import fetch, without_loading_bars
 
 INSTALL = "judging images needs transformers and Pillow: pip install 'mfd-fast[eval]'"
 CONFIG, WEIGHTS = "config.json", "model*.safetensors*"
@@ -168,6 +168,7 @@ def import_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(INSTALL) from error
+    without_loading_bars()
     return transformers
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mfd_fast.files.whole import write_text
+from mfd_fast.run.console import BAR
 from mfd_fast.settings import Count, CountOrOff, Decay, NotNegative, Positive, Seed, Settings
 
 FINAL_LR = 0.2  # of the largest learning rate, at the end of the cosine
@@ -79,7 +80,9 @@ def fit(
     start = time.perf_counter()
     from tqdm import tqdm  # here: who only loads a network needs none
 
-    for n in (bar := tqdm(range(config.updates), desc=type(network).__name__, unit="update")):
+    name = f"{type(network).__name__} "
+    bar = tqdm(range(config.updates), name, bar_format=BAR, dynamic_ncols=True)
+    for n in bar:
         loss = loss_of(n)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -126,8 +126,20 @@ class ImageTask(Task):
         if prompts:
             raise ValueError(f"{self.NO_PROMPTS}; drop --prompt")
         num = num or SAMPLES
-        title = f"{num} samples, seed {seed}"
-        self.draw_grid(self.student_sampler(run), path, title, num=num, seed=seed)
+        with torch.no_grad():
+            rows = {
+                name: sampler(*self.noise(num, seed))
+                for name, sampler in self.student_sampler(run).items()
+            }
+        from mfd_fast.pictures.grids import sample_grid
+        from mfd_fast.pictures.rows import write_samples
+
+        (images,), title = rows.values(), f"{num} samples, seed {seed}"
+        write_samples(images, path, lambda: sample_grid(rows, path, title=title))
+
+    def usage(self, base: str) -> str:
+        module, load = type(self).load.__module__, type(self).load.__name__
+        return f'from {module} import {load}\n\nstudent = {load}("{STUDENT}")'
 
     @property
     def uses_data(self) -> bool:

@@ -49,3 +49,11 @@ def build_info() -> dict:
     import mfd_fast._C
 
     return mfd_fast._C.build_info()
+
+
+def running(device: str) -> str:
+    """What the operators are on ``"cpu"`` or ``"cuda"``, in words."""
+    if device == "cuda":
+        compiled = build_info().get("cuda") and backend() in ("auto", "cpp")
+        return "compiled CUDA, Triton for the others" if compiled else "Triton"
+    return "C++" if has_ext() else "PyTorch references, slow: mfd-fast info says how to compile"

@@ -27,15 +27,18 @@ BORDER = 1  # pixels between two images, before scaling
 MAX_COLUMNS = 20
 CELL_INCHES = 0.42
 LABEL_INCHES = 1.75
+LETTER_INCHES = 0.105  # of a title or a label, the widest on average
 GROUP_GAP_INCHES = 0.12
 
 # Curves: key of the history, title of the panel, colour.
 CURVES = (
-    ("aux_loss", "auxiliary loss (flow matching)", "#2b6cb0"),
-    ("student_loss", "student loss (surrogate)", "#c05621"),
-    ("distance", r"mean-flow distance $\|u_T - u_A\|_2$", "#2f855a"),
+    ("aux_loss", "auxiliary loss (may rise: its student moves)", "#2b6cb0"),
+    ("student_loss", "student loss (surrogate: no measure)", "#c05621"),
+    ("distance", r"distance $\|u_T - u_A\|_2$: judge by this", "#2f855a"),
 )
-SMOOTHING_SHARE = 0.03  # the smoothed line averages over about this share of the run
+SMOOTHING_SHARE = 0.03  # the smoothed line averages over about this share of the rows,
+SMOOTHED_ROWS = 5  # and over this many at least; fewer than twice as many have no such line
+FEW_ROWS = 30  # are drawn as points too
 
 
 def sample_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> None:
@@ -58,7 +61,8 @@ def sample_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> Non
     first = next(iter(rows.values()))
     num_lines = [-(-images.shape[0] // MAX_COLUMNS) for images in rows.values()]
     columns = min(first.shape[0], MAX_COLUMNS)
-    width = LABEL_INCHES + columns * CELL_INCHES
+    label = max(LABEL_INCHES, LETTER_INCHES * max(map(len, rows)))
+    width = max(label + columns * CELL_INCHES, LETTER_INCHES * len(title)) + 0.2
     height = 0.45 + sum(num_lines) * CELL_INCHES + GROUP_GAP_INCHES * len(rows)
     gap = GROUP_GAP_INCHES * len(rows) / (sum(num_lines) * CELL_INCHES)  # in mean axis heights
     figure = new_figure(width, height)
@@ -66,7 +70,10 @@ def sample_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> Non
         len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": num_lines, "hspace": gap}
     )[:, 0]
     figure.subplots_adjust(
-        left=LABEL_INCHES / width, right=1 - 0.1 / width, top=1 - 0.4 / height, bottom=0.05 / height
+        left=label / width,
+        right=(label + columns * CELL_INCHES) / width,
+        top=1 - 0.4 / height,
+        bottom=0.05 / height,
     )
     for axis, (name, group) in zip(axes, groups.items(), strict=True):
         axis.imshow(group.numpy(), interpolation="nearest")
@@ -100,7 +107,7 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
             ``distance``; a row may lack a key.
         path: the PNG; its folder is made if it is missing.
 
-    The raw values are faint; the line above them is their exponential moving average.
+    See :func:`draw_curve`.
 
     Raises:
         ValueError: no row has any of the keys.
@@ -125,12 +132,21 @@ def training_curves(history: list[dict[str, Any]], path: str | Path) -> None:
 
 
 def draw_curve(axis: Any, points: list[tuple], title: str, colour: str) -> None:
-    """One run's (update, value), faint, and their moving average."""
+    """One run's (update, value): points of few rows, a faint line of many under their average."""
     updates, values = zip(*points, strict=True) if points else ((), ())
-    axis.plot(updates, values, color=colour, alpha=0.25, linewidth=0.9, label="each logged row")
-    axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
+    is_few, is_smoothed = len(values) <= FEW_ROWS, len(values) >= 2 * SMOOTHED_ROWS
+    axis.plot(
+        *(updates, values, "o-" if is_few else "-"),
+        color=colour, alpha=0.35 if is_smoothed else 1.0, linewidth=0.9, markersize=3,
+        label="each logged row",
+    )  # fmt: skip
+    if is_smoothed:
+        axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     axis.set_xlabel("student updates", fontsize=9, color=INK)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if len({*updates}) == 1:
+        axis.set_xticks(updates[:1])
     plain_axis(axis)
 
 
@@ -138,7 +154,7 @@ def smoothed(values: tuple[float, ...]) -> list[float]:
     """Exponential moving average without the bias of its start; values that are not finite keep
     the average.
     """
-    decay = 1.0 - 1.0 / max(1.0, SMOOTHING_SHARE * len(values))
+    decay = 1.0 - 1.0 / max(SMOOTHED_ROWS, SMOOTHING_SHARE * len(values))
     average, weight, line = 0.0, 0.0, []
     for value in values:
         if value - value == 0.0:

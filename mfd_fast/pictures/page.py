@@ -22,7 +22,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, marked: int = 0
     for number, row in enumerate(rows):
         mark = " class=differs" if number < marked else ""
         lines.append(f"<tr{mark}>{''.join(map(_cell, row))}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def table_of(markdown: str) -> str:
+    """A result table as the terminal shows it; its numbers stay as they are."""
+    text, _, note = markdown.partition("\n\n")
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    )
+    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
+    for name, *numbers in rows:
+        cells = "".join(f'<td class="n">{escape(number)}</td>' for number in numbers)
+        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    below = f"<p class='note'>{escape(note)}</p>" if note else ""
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>{below}'
 
 
 def _cell(value: Any) -> str:

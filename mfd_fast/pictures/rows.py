@@ -1,6 +1,6 @@
-"""Sample images at their own size, in labelled rows, as one PNG."""
+"""Sample images at their own size: plain files, and labelled rows as one PNG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,30 @@ FONT_SIZE = 16
 GAP = 8
 MIN_CELL = 160  # smaller images are magnified, so that a label fits over them
 INK, PAPER, FAINT = (31, 41, 51), (255, 255, 255), (120, 130, 140)
+
+
+def write_samples(images: Tensor, path: Path, draw_sheet: Callable[[], None]) -> None:
+    """Images as they are: one is ``path``; several lie in a folder of its name without suffix, and
+    ``draw_sheet`` makes ``path`` of them.
+
+    Args:
+        images: uint8 ``[n, 3, H, W]``, or float in [-1, 1] (clamped) with 1 or 3 channels.
+    """
+    from PIL import Image
+
+    if images.is_floating_point():
+        images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(rows) for rows in pixels]
+    if len(pictures) == 1:
+        with written(path) as partial:
+            pictures[0].save(partial)
+        return
+    with written(path.with_suffix("")) as folder:
+        folder.mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(folder / f"{i:04d}.png")
+    draw_sheet()
 
 
 def image_rows(
@@ -38,15 +62,17 @@ def image_rows(
     columns, _, height, width = shapes.pop()
     zoom = max(1, -(-MIN_CELL // width))
     cell = (width * zoom, height * zoom)
+    font = ImageFont.load_default(FONT_SIZE)
+    widest = max(int(font.getlength(name)) for name in rows) + 2 * GAP
     page = Image.new(
         "RGB",
         (
-            GAP + columns * (cell[0] + GAP),
+            max(widest, GAP + columns * (cell[0] + GAP)),
             len(rows) * (LABEL_HEIGHT + cell[1]) + (LABEL_HEIGHT if captions else GAP),
         ),
         PAPER,
     )
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(page)
     for line, (name, images) in enumerate(rows.items()):
         top = line * (LABEL_HEIGHT + cell[1])
         draw.text((GAP, top + 4), name, INK, font=font)

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,22 @@ class Checkpointer:
         folder: Path,
         config: TrainConfig,
         *,
-        header: dict[str, Any],
+        header: dict[str, Any] | None = None,
         ranks: Ranks | None = None,
-        warn: Callable[[str], None],
+        warn: Callable[[str], None] = warnings.warn,
         resumed: Counts | None = None,
     ):
-        self.folder, self.config, self.header, self.warn = folder, config, header, warn
+        self.folder, self.config, self.header, self.warn = Path(folder), config, header or {}, warn
         self.ranks = ranks or Ranks()
         self.session = self.ranks.broadcast_text(secrets.token_hex(4))
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._requested = self._written = resumed
         self._host: dict[str, Tensor] = {}
+        self.continues(resumed)
+
+    def continues(self, counts: Counts | None) -> None:
+        """The run goes on from the checkpoint of these counts; None: from the start."""
+        self._requested = self._written = counts
 
     def is_due(self, student_updates: int) -> bool:
         """Whether the run is checkpointed after this many student updates."""

@@ -1,12 +1,23 @@
 """What a run is about to do and what it did, as tables on the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mfd_fast.baselines.objectives import needs_of
+from mfd_fast.ops.extension import running
 from mfd_fast.run.config import RunConfig
 from mfd_fast.run.maker import capture_summary
+
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def progress(items: Iterable[Any] | None, what: str, total: int | None = None) -> Any:
+    """A bar over ``items`` that goes away at its end; none where nobody looks (no terminal)."""
+    from tqdm import tqdm
+
+    options = {"leave": False, "disable": None, "dynamic_ncols": True, "bar_format": BAR}
+    return tqdm(items, f"{what} ", total, **options)
 
 
 def show(rows: Mapping[str, Any], title: str) -> None:
@@ -36,6 +47,7 @@ def plan_of(config: RunConfig, out: Path, device: Any) -> dict[str, str]:
         "student": f"{steps} of {distill.student_solver}",
         "cycle": f"{aux}{distill.student_updates} student updates",
         "run": f"{train.updates} student updates of {train.batch_size} samples",
+        "operators": running(device.type),
         "step": f"{capture_summary(config, device.type)}, activations {train.activation}",
         "checkpoints": f"{every}, the last {train.keep_last} kept",
         "folder": str(out),

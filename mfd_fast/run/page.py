@@ -8,20 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from mfd_fast.pictures.grids import draw_curve, new_figure
-from mfd_fast.pictures.page import figure, table, write_page
+from mfd_fast.pictures.page import figure, table, table_of, write_page
 from mfd_fast.run.config import read_settings
 from mfd_fast.run.folder import CONFIG, RESULTS, RunFolder
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#975a16", "#2c7a7b", "#718096")
 TITLES = {  # keys of metrics.jsonl that get a curve, in this order; others follow by name
+    "distance": "mean-flow distance |u_T - u_A|",
     "aux_loss": "auxiliary loss (flow matching)",
     "student_loss": "student loss (surrogate)",
-    "distance": "mean-flow distance |u_T - u_A|",
+    "aux_loss_mean": "auxiliary loss, mean of all updates",
+    "student_loss_mean": "student loss, mean of all updates",
+    "aux_loss_std": "auxiliary loss, standard deviation",
+    "student_loss_std": "student loss, standard deviation",
+    "aux_lag": "auxiliary behind the student",
     "aux_grad_norm": "gradient norm, auxiliary",
     "student_grad_norm": "gradient norm, student",
+    "aux_lr": "learning rate, auxiliary",
+    "student_lr": "learning rate, student",
+    "saturation": "share of values beyond the bound",
     "skipped": "updates skipped so far",
-    "updates_per_s": "updates per second",
+    "skipped_in_a_row": "updates skipped in a row",
+    "updates_per_s": "updates per second, both roles",
 }
+JUDGE = (
+    "Judge by the distance and the table: the auxiliary follows a student that moves, and the "
+    "student's loss is a surrogate for a gradient; both may rise while the student gets better. "
+    "Points and faint lines are logged rows, strong lines their moving average."
+)
+APART = 10  # panels of one key are split where ranges of runs differ by this factor
 POSITION = "update"
 PREVIEWS = "preview-*.png"  # the sample grids drawn during the run
 MAX_PREVIEWS = 6
@@ -50,7 +65,8 @@ def write_report(runs: Sequence[RunFolder], path: str | Path) -> Path:
         f"mfd-fast: {', '.join(histories)}",
         [
             *("<h2>Results</h2>", *(_results(*pair) for pair in results.items())),
-            *("<h2>Curves</h2>", f"<p>{keys}</p>", _curves(histories, colours)),
+            *("<h2>Curves</h2>", f"<p>{keys}</p>", f"<p class='note'>{JUDGE}</p>"),
+            _curves(histories, colours),
             *("<h2>Pictures</h2>", *map(_pictures, runs)),
             "<h2>Configuration</h2>",
             _comparison({run.path.name: flat(read_settings(run / CONFIG)) for run in runs}),
@@ -99,13 +115,21 @@ def _results(name: str, results: Mapping[str, Any]) -> str:
         facts += f"; peak memory: {results['peak_memory_gb']:.3g} GB" + (counts and f", {counts}")
     rows = results["table"]
     parts = [f"<h3>{escape(name)}</h3><p class='note'>{escape(facts)}</p>"]
-    parts += [table(list(rows[0]), [row.values() for row in rows])] if rows else []
+    if text := results.get("table_text"):
+        parts.append(table_of(text))
+    elif rows:  # of an older run
+        keys = [key for key, value in rows[0].items() if not isinstance(value, Mapping | list)]
+        parts.append(table([key.replace("_", " ") for key in keys], _picked(rows, keys)))
     phases = {k: v for k, v in results.get("phases", {}).items() if ">" not in k}
     if whole := sum(phase["seconds"] * phase["count"] for phase in phases.values()):
         share = {name: p["seconds"] * p["count"] / whole for name, p in phases.items()}
         timed = [[name, 1e3 * p["seconds"], 100 * share[name]] for name, p in phases.items()]
         parts.append(table(["phase", "ms each", "share, %"], timed))
     return "".join(parts)
+
+
+def _picked(rows: list[dict[str, Any]], keys: list[str]) -> list[list[Any]]:
+    return [[row.get(key) for key in keys] for row in rows]
 
 
 def _curves(histories: Mapping[str, list[dict]], colours: Mapping[str, str]) -> str:
@@ -115,16 +139,30 @@ def _curves(histories: Mapping[str, list[dict]], colours: Mapping[str, str]) -> 
     found = {key for rows in histories.values() for row in rows for key in row}
     panels = []
     for key in [*(k for k in TITLES if k in found), *sorted(found - {POSITION, *TITLES})]:
-        picture, buffer = new_figure(4.2, 2.7), io.StringIO()
-        axis = picture.subplots()
-        for name, rows in histories.items():
-            points = [(row[POSITION], row[key]) for row in rows if key in row]
-            draw_curve(axis, points, TITLES.get(key, key), colours[name])
-        picture.tight_layout()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-            picture.savefig(buffer, format="svg", metadata={"Date": None})
-        panels.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+        points = {
+            name: [(row[POSITION], row[key]) for row in rows if key in row]
+            for name, rows in histories.items()
+        }
+        title = TITLES.get(key, key.replace("_", " "))
+        for names in _together(points):
+            picture, buffer = new_figure(4.2, 2.7), io.StringIO()
+            axis = picture.subplots()
+            for name in names:
+                draw_curve(axis, points[name], title, colours[name])
+            picture.tight_layout()
+            with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+                picture.savefig(buffer, format="svg", metadata={"Date": None})
+            panels.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
     return f'<div class="curves">{"".join(panels)}</div>'
+
+
+def _together(points: Mapping[str, list[tuple]]) -> list[list[str]]:
+    """Runs that share a panel: all, or each its own where one would flatten another."""
+    drawn = {name: [v for _, v in rows if v - v == 0.0] for name, rows in points.items()}
+    spans = {name: max(map(abs, values)) for name, values in drawn.items() if any(values)}
+    if spans and max(spans.values()) > APART * min(spans.values()):
+        return [[name] for name, rows in points.items() if rows]
+    return [[name for name, rows in points.items() if rows]]
 
 
 def _pictures(run: RunFolder) -> str:

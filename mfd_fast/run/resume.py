@@ -24,9 +24,11 @@ from mfd_fast.run.checkpoint import (
     DamagedCheckpointError,
     latest_good,
     pack,
+    read,
     read_header,
     verify,
 )
+from mfd_fast.run.checkpoint_writer import Checkpointer
 from mfd_fast.run.config import RunConfig, leaves, to_dict
 from mfd_fast.run.loop import Progress
 
@@ -169,16 +171,32 @@ def check_header(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 def restore(state: dict[str, Any], distiller: Distiller, progress: Progress, ranks: Ranks) -> None:
     """Put everything back: weights, optimizers, counters, random states of this rank.
 
-    The learning rates are those of the distiller's config, which may have changed.
+    The learning rates are those of the distiller's config, which may have changed; optimizers of
+    one's own keep theirs.
     """
     distiller.load_state_dict(state["distiller"])
-    for role, optimizer in distiller.optimizers.items():
-        set_lr(optimizer, distiller.config.optim_of(role).lr)
+    for role, trained in distiller.trained.items():
+        if trained.sets_lr:
+            set_lr(trained.optimizer, distiller.config.optim_of(role).lr)
     progress.load_state_dict(state["progress"], ranks)
     for kind, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
         states = state["rng"].get(kind)
         if states:
             set_state(states[ranks.rank if len(states) == ranks.world else 0])
+
+
+def resume_from(checkpointer: Checkpointer, distiller: Distiller) -> Progress:
+    """The progress that ``train`` goes on from, with the newest good checkpoint put back if there
+    is one.
+
+    ``DamagedCheckpointError`` if there are some and none is good.
+    """
+    progress, ranks = Progress(distiller), distiller.ranks
+    found = locate(checkpointer.folder, "")[0] if ranks.is_main else None
+    if chosen := ranks.broadcast_text(str(found or "")):
+        restore(read(Path(chosen)), distiller, progress, ranks)
+        checkpointer.continues(Counts.of(Path(chosen)))
+    return progress
 
 
 def check_optimizers(config: DistillConfig, parameters: Mapping[str, Tensor]) -> None:

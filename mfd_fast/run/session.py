@@ -19,7 +19,7 @@ from mfd_fast.files.whole import clean, staged
 from mfd_fast.run.checkpoint import Counts, read
 from mfd_fast.run.checkpoint_writer import Checkpointer
 from mfd_fast.run.config import RunConfig, to_dict, with_absolute_paths
-from mfd_fast.run.console import device_of, plan_of, show, trained_of
+from mfd_fast.run.console import BAR, device_of, plan_of, show, trained_of
 from mfd_fast.run.environment import environment, peak_memory, peak_memory_counts
 from mfd_fast.run.float8_error import float8_summary
 from mfd_fast.run.folder import CHECKPOINTS, RESULTS, STUDENT, RunFolder
@@ -168,8 +168,8 @@ class _Session:
         return tqdm(
             total=self.config.train.updates,
             initial=done,
-            unit="update",
             dynamic_ncols=True,
+            bar_format=BAR,
             disable=not self.ranks.is_main,
         )
 
@@ -237,9 +237,10 @@ class _Session:
                 "phases": self.phases.phases,
                 "float8": self.float8,
                 "table": rows,
+                "table_text": (text := task.format_table(rows)),
             },
         )
-        print(task.format_table(rows))
+        print(text)
         self._show_end(run)
         pictures = self.without_failing(partial(task.draw_pictures, run), "drawing pictures")
         for path in [*(pictures or []), run / STUDENT, run / RESULTS]:
@@ -290,7 +291,7 @@ def distiller_of(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
 
 
 def _show(bar: tqdm, row: dict[str, Any]) -> None:
+    key = "distance" if "distance" in row else "student_loss"
+    value = [f"{key.replace('_', ' ')} {row[key]:.3f}"] if key in row else []
+    bar.set_postfix_str(", ".join([*value, f"{row['updates_per_s']:.3g} updates/s"]), refresh=False)
     bar.update(row["update"] - bar.n)
-    shown = {"aux_loss": ".4f", "student_loss": ".4f", "distance": ".3f"}
-    values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if name in row]
-    bar.set_postfix_str(", ".join([*values, f"{row['updates_per_s']:.1f} updates/s"]))

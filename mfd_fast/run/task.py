@@ -122,6 +122,15 @@ class Task:
         """Pictures of the student alone; ``num`` 0: as many as suit the task."""
         raise ValueError(f"{self.config.preset} draws no samples; its student is {run / STUDENT}")
 
+    def usage(self, base: str) -> str:
+        """Python that makes the student from its file, for its model card; ``base``: its teacher's
+        id or name.
+        """
+        return (
+            "from safetensors.torch import load_file\n\n"
+            f'network.load_state_dict(load_file("{STUDENT}"))  # a network of the teacher\'s class'
+        )
+
     def export(self, run: RunFolder, out: Path) -> Path:
         """The student as a full checkpoint in its teacher's layout; ``ValueError`` if
         student.safetensors is one already.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_hub import fake_hub
+from PIL import Image
 
 from mfd_fast import cli
 
@@ -46,12 +48,60 @@ def test_evaluate_repeats_the_table(run_folder, capsys):
         assert f"{row['frechet_to_teacher50']:.2f}" in line  # the same samples, the same numbers
 
 
+def test_a_hub_folder_is_complete_and_pushed(run_folder, tmp_path, monkeypatch, capsys):
+    command = ["export", str(run_folder), "--to", "hub-folder", "--push", "me/student", "--out"]
+    monkeypatch.setenv("HF_TOKEN", "of a test")
+    with fake_hub() as (address, files):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert cli.main([*command, str(tmp_path / "shared")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("me/student")
+    shared = {
+        str(path.relative_to(tmp_path / "shared")): path.read_bytes()
+        for path in (tmp_path / "shared").rglob("*") if path.is_file()
+    }  # fmt: skip
+    assert files == shared
+    assert {"README.md", "config.yaml", "student.safetensors", "images/samples_grid.png"} == {
+        *files
+    }
+    assert files["student.safetensors"] == (run_folder / "student.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    found = {}
+    monkeypatch.chdir(tmp_path / "shared")
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert sum(p.numel() for p in found["student"].parameters()) > 0
+    table = json.loads((run_folder / "results.json").read_text())["table_text"]
+    assert table in card and "- `train.updates`: 3" in card
+    assert str(run_folder) not in card + files["config.yaml"].decode()
+
+
+def test_a_hub_that_refuses_is_said_and_the_folder_stays(run_folder, tmp_path, monkeypatch, capsys):
+    command = ["export", str(run_folder), "--out", str(tmp_path / "out"), "--push"]
+    assert cli.main([*command, "me/student"]) == 2 and "type --to hub-folder" in said(capsys)
+    command[-1:] = ["--to", "hub-folder", "--push"]
+    assert cli.main([*command, "student"]) == 2 and "OWNER/NAME, got 'student'" in said(capsys)
+    assert cli.main([*command, "me/stu dent"]) == 2 and "--push takes OWNER/NAME" in said(capsys)
+    monkeypatch.setenv("HF_TOKEN", "of a test")
+    with fake_hub(status=403) as (address, files):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert cli.main([*command, "me/student"]) == 2
+    assert "me/student could not be pushed (" in (text := said(capsys)) and "hf upload" in text
+    assert not files and (tmp_path / "out/README.md").is_file()
+
+
+def said(capsys):
+    return capsys.readouterr().err
+
+
 def test_sample_writes_a_picture_and_never_overwrites(run_folder, tmp_path, capsys):
     target = tmp_path / "samples.png"
     command = ["sample", str(run_folder), "--out", str(target), "--num", "20"]
     assert cli.main(command) == 0
     before = target.read_bytes()
     assert before[:8] == b"\x89PNG\r\n\x1a\n"
+    plain = sorted((tmp_path / "samples").iterdir())
+    assert len(plain) == 20 and Image.open(plain[0]).size == (8, 8)
+    one = ["sample", str(run_folder), "--out", str(tmp_path / "one.png"), "--num", "1"]
+    assert cli.main(one) == 0 and Image.open(tmp_path / "one.png").size == (8, 8)
     assert cli.main(command) == 2
     assert "exists; choose another file with --out" in capsys.readouterr().err
     assert target.read_bytes() == before

@@ -102,6 +102,46 @@ def test_a_browser_shows_it(page, tmp_path):
     assert len(colours) > 50  # a page, not a blank sheet
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_runs_off_the_page(page, tmp_path, width):
+    measure = "<script>document.title = [innerWidth, document.documentElement.scrollWidth]</script>"
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},900", "--dump-dom", copy.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    inside, needed = map(int, re.search(r"<title>(\d+),(\d+)</title>", dom).groups())
+    assert needed <= inside <= max(width, 500)  # 500: as narrow as some browsers' windows get
+
+
+def test_a_bar_fits_a_terminal_of_80_columns():
+    from tqdm import tqdm
+
+    from mfd_fast.run.console import BAR
+
+    text = "distance 123.456, 12.3 updates/s"
+    bar = tqdm.format_meter(9589, 9589, 86399, ncols=None, bar_format=BAR, postfix=text)
+    assert len(bar) <= 80 and bar.count("/s") == 1
+
+
+def test_runs_that_differ_much_have_panels_of_their_own(tmp_path):
+    small, large = (make_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 500)))
+    text = write_report([small, large], tmp_path / "r.html").read_text()
+    assert text.count("<svg") == 4  # aux_loss, updates_per_s, and distance twice
+
+
+def test_the_table_is_the_terminals(tmp_path):
+    run = make_run(tmp_path / "run", seed=0)
+    results = json.loads((run / RESULTS).read_text())
+    results["table_text"] = "| sampler | NFE |\n|---|---:|\n| student | 1 |\n\nA note."
+    results["table"][0]["class_iou"] = [0.1] * 17
+    run.write_json(RESULTS, results)
+    text = write_report([run], tmp_path / "r.html").read_text()
+    assert "<th>NFE</th>" in text and '<td class="n">1</td>' in text and "A note." in text
+    assert "frechet" not in text and "class_iou" not in text
+
+
 def test_the_command(runs, tmp_path, capsys):
     target = tmp_path / "r.html"
     assert cli.main(["report", str(runs[0].path), "--out", str(target)]) == 0

@@ -70,6 +70,39 @@ def test_every_python_block_of_a_guide_runs(guide, tmp_path, monkeypatch):
         exec(compile(block, guide, "exec"), {})
 
 
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples/one_step_digits.ipynb").read_text())["cells"]
+    install, *code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert all(line.startswith("!") for line in install.splitlines())
+    small = {"UPDATES, SAMPLES = 400, 2000": "UPDATES, SAMPLES = 1, 20",
+             '"digits", *run': '"digits", *run, "--train.batch-size", "4"'}  # fmt: skip
+    source = "\n".join(code)
+    for full, less in small.items():
+        assert full in source
+        source = source.replace(full, less)
+    exec(compile(source, "notebook", "exec"), {})
+    assert (tmp_path / "shared/README.md").is_file()
+
+
+def test_the_image_is_installed_as_the_guide_says():
+    """No image is built here: its steps are those of docs/install.md."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    kinds = [line.split()[0] for line in lines if line and line[0] not in "# "]
+    assert kinds[0] == "FROM" and kinds[-1] == "ENTRYPOINT"
+    assert {*kinds} <= {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "ENTRYPOINT"}
+    ran = " && ".join(line for line in lines if line.startswith("RUN"))
+    guide = (ROOT / "docs/install.md").read_text()
+    steps = [line.partition("  #")[0].strip() for line in re.findall(r"^pip .*", guide, re.M)]
+    assert len(steps) == 3
+    for step in steps:
+        torch = step.replace("torch==2.13.0", "torch==${TORCH}")
+        assert torch.removesuffix(" .") in ran, step
+    assert "ARG TORCH=2.13.0" in lines
+
+
 @pytest.mark.parametrize("path", [*GUIDES, ROOT / "README.md"], ids=lambda path: path.name)
 def test_links_and_command_names_exist(path):
     text = path.read_text()

@@ -180,9 +180,16 @@ def test_public_signatures(function):
 
 def test_readme_tables_are_what_the_results_say():
     from bench.pages import families
-    from bench.pages.readme import README, render
+    from bench.pages.readme import OF_QUICKSTART, QUICKSTART, README, TABLES, render
 
-    text = README.read_text()
-    assert render(text) == text, "run: python -m bench.pages"
-    text = families.PAGE.read_text()
-    assert render(text, families.TABLES) == text, "run: python -m bench.pages"
+    for page, made in (
+        (README, TABLES),
+        (QUICKSTART, OF_QUICKSTART),
+        (families.PAGE, families.TABLES),
+    ):
+        text = page.read_text()
+        assert render(text, made) == text, "run: python -m bench.pages"
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

@@ -1,6 +1,7 @@
 """Going on after something changed: settings, places of files, a terminal, the data."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ import small_runs
 import torch
 from small_runs import assert_same, run
 
-from mfd_fast import cli
+from mfd_fast import Checkpointer, Distiller, TrainConfig, cli, resume_from, train
 from mfd_fast.distill.config import OptimConfig
-from mfd_fast.distill.optim import OPTIMIZERS
+from mfd_fast.distill.optim import OPTIMIZERS, set_lr
 from mfd_fast.models import PRESETS, load_config, preset
 from mfd_fast.run import checkpoint, monitors
 from mfd_fast.run import session as runner
@@ -31,6 +33,43 @@ CHANGEABLE = {
     key for c in PRESETS.values() for key in (*c.MAY_CHANGE, *c.LEARNS_ON, *c.PATHS)
 }  # fmt: skip
 SETTINGS = {key for c in PRESETS.values() for key, _ in leaves(to_dict(c))}
+
+
+def own_loop(folder, updates, rate):
+    """A loop with optimizers and a learning rate of its own, from its newest checkpoint."""
+    backbone = small_runs.make_backbone()
+    optimizers = {
+        role: torch.optim.AdamW(backbone.parameters_of(role), lr=rate(0))
+        for role in ("aux", "student")
+    }
+    make = partial(Distiller, optimizers=optimizers)
+    distiller = small_runs.make_distiller(backbone=backbone, make=make)
+
+    def schedule(row):
+        for optimizer in optimizers.values():
+            set_lr(optimizer, rate(row["update"]))
+
+    config = TrainConfig(updates=updates, log_every=1)
+    checkpointer = Checkpointer(folder, config)
+    progress = resume_from(checkpointer, distiller)
+    rows = train(distiller, small_runs.next_cond, config, [schedule], progress=progress,
+                 checkpointer=checkpointer)  # fmt: skip
+    return distiller.state_dict(), rows
+
+
+def test_a_loop_of_ones_own_goes_on_with_its_schedule(tmp_path):
+    def rate(update):
+        return 1e-2 * (1 + math.cos(math.pi * update / 6)) / 2
+
+    whole, rows = own_loop(tmp_path / "whole", 6, rate)
+    assert len(rows) == 6 and len(own_loop(tmp_path / "parts", 3, rate)[1]) == 3
+    parts, rows = own_loop(tmp_path / "parts", 6, rate)
+    assert [row["update"] for row in rows] == [4, 5, 6]
+    assert_same(whole, parts)
+    constant, _ = own_loop(tmp_path / "constant", 6, lambda update: 1e-2)
+    with pytest.raises(AssertionError):
+        assert_same(whole, constant)
+    assert own_loop(tmp_path / "whole", 6, rate)[1] == []  # it was done
 
 
 # What may change.

@@ -26,7 +26,7 @@ pipe.load_lora_weights(".", weight_name="{weights}")  # "." is this folder
 {comfyui}"""
 COMFYUI = """
 ComfyUI (layers named by its public map; not run there): load `{file}` at strength 1, sample with
-`euler` on the sigmas {nodes}, cfg 1.
+`euler` on the sigmas {nodes}, cfg 1{workflow}.
 """
 SCHEDULER = 'pipe.scheduler = type(pipe.scheduler).from_pretrained(".")\n'
 
@@ -37,6 +37,7 @@ def write_card(
     base: str,
     weights: str,
     comfyui: str,
+    workflow: str,
     pipeline: str,
     size: tuple[int, int],
     sampler: StudentSampler,
@@ -47,7 +48,7 @@ def write_card(
         path: of README.md, beside the other files.
         base: hub id, or the name of a local folder.
         weights: the file that is added to the base.
-        comfyui: the file that ComfyUI reads, or empty.
+        comfyui: the file that ComfyUI reads, or empty; workflow: one that uses it, or empty.
         pipeline: class of the base.
         size: height and width in pixels.
         sampler: of the student.
@@ -59,7 +60,11 @@ def write_card(
         steps=call["num_inference_steps"],
         pipeline=pipeline,
         weights=weights,
-        comfyui=COMFYUI.format(file=comfyui, nodes=nodes) if comfyui else "",
+        comfyui=COMFYUI.format(
+            file=comfyui, nodes=nodes, workflow=workflow and f"; `{workflow}` does it"
+        )
+        if comfyui
+        else "",
         scheduler=SCHEDULER if sampler.scheduler is not None else "",
         call=", ".join(f"{name}={value!r}" for name, value in call.items()),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.files.plain import read_json
-from mfd_fast.hub import fetch
+from mfd_fast.hub import fetch, without_loading_bars
 from mfd_fast.models.diffusers.family import FAMILIES, adapter_of
 from mfd_fast.models.diffusers.teacher_lora import merge_teacher_lora
 from mfd_fast.models.sana.lora_files import Lora
@@ -146,6 +146,7 @@ def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: str | None) 
     """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen."""
     import diffusers
 
+    without_loading_bars()
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         folder_or_id, torch_dtype=dtype, use_safetensors=True, **options
     )

@@ -1,15 +1,19 @@
 """The files of a student: its LoRA for diffusers and for ComfyUI, its scheduler, its card."""
 
+import json
 import re
 from pathlib import Path
 
 from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.files.whole import write_text
 from mfd_fast.models.diffusers.card import write_card
 from mfd_fast.models.diffusers.family import Family
 from mfd_fast.models.diffusers.sampler import StudentSampler
+from mfd_fast.models.diffusers.workflow import workflow
 from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora, save_diffusers_lora
 
 WITH_TEACHER, COMFYUI = "student_with_teacher_lora.safetensors", "student_comfyui.safetensors"
+WORKFLOW = "comfyui_workflow.json"
 
 
 def save_student(
@@ -25,7 +29,8 @@ def save_student(
     """Write the student's LoRA, and beside it what belongs to it; the files.
 
     A LoRA for the plain base too if the teacher has one; one in ComfyUI's names where it does not
-    read the first; ``scheduler_config.json`` if the pipeline's own will not do; README.md.
+    read the first, and a workflow for it; ``scheduler_config.json`` if the pipeline's own will not
+    do; README.md.
 
     Args:
         bank: with the student's weights (averaged ones if they are kept).
@@ -46,20 +51,28 @@ def save_student(
     written = [*files]
     wholes = comfyui_layers(family, whole)
     if wholes:
-        comfyui = path.with_name(COMFYUI)
-        save_comfyui_lora(whole, comfyui, description=_about(base), wholes=wholes)
-        written.append(comfyui)
+        save_comfyui_lora(whole, path.with_name(COMFYUI), description=_about(base), wholes=wholes)
+        written.append(path.with_name(COMFYUI))
     if sampler.scheduler is not None:
         sampler.scheduler.save_pretrained(path.parent)
         written.append(path.with_name("scheduler_config.json"))
     reads_all = family.comfyui is not None and not family.comfyui
+    comfyui = COMFYUI if wholes else [*files][-1].name if reads_all else ""
+    size, pipeline = (family.height, family.width), type(family.pipe).__name__
+    graph = comfyui and workflow(
+        *(pipeline, comfyui, sampler.schedule.nodes, size, sampler.call.get("guidance_scale"))
+    )
+    if graph:
+        write_text(path.with_name(WORKFLOW), json.dumps(graph, indent=1) + "\n")
+        written.append(path.with_name(WORKFLOW))
     write_card(
         path.with_name("README.md"),
         base=base,
         weights=[*files][-1].name,
-        comfyui=COMFYUI if wholes else [*files][-1].name if reads_all else "",
-        pipeline=type(family.pipe).__name__,
-        size=(family.height, family.width),
+        comfyui=comfyui,
+        workflow=WORKFLOW if graph else "",
+        pipeline=pipeline,
+        size=size,
         sampler=sampler,
     )
     return [*written, path.with_name("README.md")]

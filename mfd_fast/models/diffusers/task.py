@@ -40,7 +40,8 @@ from mfd_fast.models.diffusers.student import save_student
 from mfd_fast.models.diffusers.text import HostText
 from mfd_fast.models.sana.lora_files import Lora
 from mfd_fast.models.sana.text.prompts import Prompts, open_prompts
-from mfd_fast.pictures.rows import image_rows
+from mfd_fast.pictures.rows import image_rows, write_samples
+from mfd_fast.run.console import progress
 from mfd_fast.run.folder import STUDENT, RunFolder
 from mfd_fast.run.task import Task, pictures
 
@@ -202,7 +203,7 @@ class PipelineTask(Task):
         self._load_student(run)
         rows, reference, batches = [], None, list(self._batches(num_samples))
         lanes = 2 if self.config.distill.guidance != 1.0 else 1
-        for name, schedule in self._samplers().items():
+        for name, schedule in progress(self._samplers().items(), "evaluating"):
             start = time.perf_counter()
             made = [self._latents(name, cond, noise, schedule) for cond, noise in batches]
             latents = torch.cat(made).cpu()
@@ -239,8 +240,8 @@ class PipelineTask(Task):
             cond = self.text.encode(captions)
         noise, steps = self._noise(len(captions), seed), self.config.distill.student_steps
         name = f"student, {steps} step{'s' * (steps != 1)}, seed {seed}"
-        latents = self._latents("student", cond, noise, self.schedule())
-        image_rows({name: self._decoded(latents)}, path, captions=captions)
+        rows = {name: self._decoded(self._latents("student", cond, noise, self.schedule()))}
+        write_samples(rows[name], path, partial(image_rows, rows, path, captions=captions))
 
     def export(self, run: RunFolder, out: Path) -> Path:
         self._load_student(run)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mfd_fast.flow.solvers import to_device
 from mfd_fast.models.diffusers.family import Cond, Family, padded
 from mfd_fast.models.order import shuffled
+from mfd_fast.run.console import progress
 
 HOST_LEAVES = ("length",)  # read on the CPU (z_image)
 
@@ -68,11 +69,13 @@ class HostText:
     def _fill(self, n: int) -> None:
         """Encode the prompts of update n and of those behind it, until the memory is full."""
         self._rows, size, self.visits = {}, 0, self.visits + 1
-        with self.encoders():
+        most = min(len(self.prompts), max(1, self.num_updates - n) * self.batch_size)
+        with self.encoders(), progress(None, "encoding prompts", most) as bar:
             for m in range(n, max(self.num_updates, n + 1)):
                 for index in set(self.indices(m)) - self._rows.keys():
                     self._rows[index] = row = self._encoded(self.prompts[index])
                     size += sum(leaf.nbytes for leaf in row.values())
+                    bar.update()
                 if size >= self.most_bytes or len(self._rows) == len(self.prompts):
                     break
 

@@ -11,6 +11,7 @@ from mfd_fast.models.digits.classifier import NUM_CLASSES, DigitsClassifier
 from mfd_fast.models.digits.data import load_digits
 from mfd_fast.models.digits.dit import DiT
 from mfd_fast.models.images import Sampler, TeacherSampler, draw_images, sampler_name
+from mfd_fast.run.console import progress
 from mfd_fast.run.table import markdown_table
 
 TEACHER_STEPS = (50, 10, 5, 2, 1)
@@ -73,7 +74,8 @@ def evaluate_digits(
             f"evaluate_digits: reference must be one of {list(samplers)}, got {reference!r}"
         )
     yardstick = Yardstick(classifier, samplers[reference], num_samples=num_samples, seed=seed)
-    return [yardstick.row(name, sampler) for name, sampler in samplers.items()]
+    shown = progress(samplers.items(), "evaluating")
+    return [yardstick.row(name, sampler) for name, sampler in shown]
 
 
 class Yardstick:

@@ -9,13 +9,14 @@ from torch import Generator, Tensor
 
 from mfd_fast.flow.solvers import to_device
 from mfd_fast.models.occfm import OccfmNetwork, forecast
-from mfd_fast.models.occfm.data.classes import FREE, HISTORY
+from mfd_fast.models.occfm.data.classes import CLASSES, FREE, HISTORY
 from mfd_fast.models.occfm.data.windows import OccupancyWindows
 from mfd_fast.models.occfm.forecast_time import speeds, time_forecasts
 from mfd_fast.models.occfm.scores import OccupancyCounts, OccupancyScores, frechet_scores
 from mfd_fast.models.occfm.vae.fast_decoder import FastDecoder
 from mfd_fast.models.occfm.vae.vae import OccupancyVae
 from mfd_fast.models.occfm.vae.vae3d import OccupancyVae3d
+from mfd_fast.run.console import progress
 from mfd_fast.run.table import markdown_table
 
 Forecast = Callable[[Sequence[int]], Tensor]  # windows to class ids uint8 [B, 6, X, Y, Z]
@@ -84,6 +85,10 @@ class Windows:
         """Class ids uint8 ``[B, 6, X, Y, Z]`` of the future frames."""
         return self.windows.labels(rows)[:, HISTORY:].to(self.device)
 
+    def seen(self, rows: Sequence[int]) -> Tensor:
+        """Class ids uint8 ``[B, X, Y, Z]`` of the last frame of the history."""
+        return self.windows.labels(rows)[:, HISTORY - 1].to(self.device)
+
     def noise(self, rows: Sequence[int], seed: int) -> Tensor:
         """Standard normal ``[B, 6, C, h, w]``, the same for a window on every device."""
         draws = [
@@ -150,7 +155,7 @@ def evaluate_forecasts(
         measured("last frame", None, last_frame),
         measured("VAE", None, through_vae),
     ]
-    for name, forecaster in forecasters.items():
+    for name, forecaster in progress(forecasters.items(), "evaluating"):
 
         def forecast_of(batch: Sequence[int], forecaster=forecaster) -> Tensor:
             return forecaster(windows.noise(batch, seed), windows.cond(batch))
@@ -208,4 +213,8 @@ def _time(forecaster: Forecaster, windows: Windows, rows: list[int], seed: int) 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows of :func:`evaluate_forecasts` as a Markdown table."""
-    return markdown_table(rows, COLUMNS + (DISTANCES if "fvd" in rows[0] else ()))
+    table = markdown_table(rows, COLUMNS + (DISTANCES if "fvd" in rows[0] else ()))
+    if unseen := rows[0]["unseen"]:
+        names = ", ".join(CLASSES[label].replace("_", " ") for label in unseen)
+        table += f"\n\nIn no frame of the truth, counted as 100 in every mIoU: {names}."
+    return table

@@ -18,10 +18,13 @@ GAP_INCHES = 0.06
 TITLE_INCHES = 0.75
 LEGEND_INCHES = 0.85
 LEGEND_COLUMN_INCHES = 1.5
+OFFICIAL_SIZE = 200  # voxels of 0.4 m
 EGO = {"marker": "^", "markersize": 7, "color": "#111111", "markeredgecolor": "white"}
 
 
-def forecast_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> None:
+def forecast_grid(
+    rows: Mapping[str, Tensor], path: str | Path, title: str, *, seen: Tensor | None = None
+) -> None:
     """One row of pictures per name, one column per future frame, as a PNG.
 
     Args:
@@ -29,28 +32,42 @@ def forecast_grid(rows: Mapping[str, Tensor], path: str | Path, title: str) -> N
             frame; all of one shape.  Truth first.
         path: the PNG; its folder is made if it is missing.
         title: one line above the picture.
+        seen: the last frame of the history, ``[X, Y, Z]``: a column before the others.
 
     Raises:
         ValueError: no rows, or rows of different shapes.
     """
     grids = _checked(rows, "forecast_grid")
-    frames = len(next(iter(grids.values())))
-    width = LABEL_INCHES + frames * CELL_INCHES
+    frames, before = len(next(iter(grids.values()))), int(seen is not None)
+    width = LABEL_INCHES + (before + frames) * CELL_INCHES
     height = TITLE_INCHES + len(grids) * CELL_INCHES + LEGEND_INCHES
     figure = new_figure(width, height)
-    axes = figure.subplots(len(grids), frames, squeeze=False)
+    axes = figure.subplots(len(grids), before + frames, squeeze=False)
     _place(figure, width, height, left=LABEL_INCHES, cell=CELL_INCHES)
     for line, (name, row) in zip(axes, grids.items(), strict=True):
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center",
                      color=INK, fontsize=13)  # fmt: skip
-        for axis, grid in zip(line, row, strict=True):
+        first = [] if seen is None else [seen.cpu().numpy()]
+        for axis, grid in zip(line, [*first, *row], strict=True):
             _draw(axis, grid)
     for i, axis in enumerate(axes[0]):
-        axis.set_title(_seconds(i), fontsize=13, color=INK)
+        axis.set_title(_seconds(i - before), fontsize=13, color=INK)
+    _scale_bar(axes[-1, -1], next(iter(grids.values())).shape[2])
     figure.suptitle(title, x=0.15 / width, y=1 - 0.12 / height, ha="left", va="top", color=INK,
                     fontsize=14)  # fmt: skip
     _legend(figure, list(grids.values()))
     write_png(figure, path)
+
+
+def _scale_bar(axis, size: int) -> None:
+    """A quarter of the grid, in metres where it is that of Occ3D-nuScenes."""
+    length = size // 4
+    text = f"{length * 0.4:g} m" if size == OFFICIAL_SIZE else f"{length} voxels"
+    right, low = size * 0.95, size * 0.93
+    axis.plot((right - length, right), (low, low), color="#111111", lw=2, solid_capstyle="butt")
+    box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+    axis.text(right - length / 2, low - size * 0.03, text, ha="center", va="bottom", fontsize=8,
+              color="#111111", bbox=box)  # fmt: skip
 
 
 def forecast_animation(rows: Mapping[str, Tensor], path: str | Path) -> None:
@@ -146,4 +163,4 @@ def _legend(figure, grids: list[np.ndarray]) -> None:
 
 
 def _seconds(frame: int) -> str:
-    return f"+{(frame + 1) * FRAME_SECONDS:.1f} s"
+    return f"+{(frame + 1) * FRAME_SECONDS:.1f} s" if frame >= 0 else "seen last"

@@ -147,7 +147,8 @@ class OccfmTask(Task):
         for name, forecaster in self._forecasters(run).items():
             rows[name.replace(", ", "\n")] = forecaster(noise, cond)[0]
         paths = [run / "forecast.png", run / "forecast.gif"]
-        forecast_grid(rows, paths[0], title=f"Forecasts of validation window {shown[0]}")
+        title = f"Forecasts of validation window {shown[0]}"
+        forecast_grid(rows, paths[0], title=title, seen=self.validation.seen(shown)[0])
         forecast_animation(rows, paths[1])
         return [*paths, *super().draw_pictures(run)]
 
@@ -160,7 +161,8 @@ class OccfmTask(Task):
         rows = {"ground truth": self.validation.truth(shown)[0]}
         rows["student"] = decoded(self.decoder, latents)[0]
         done = distiller.num_updates["student"]
-        forecast_grid(rows, path, title=f"after {done} student updates")
+        title, seen = f"after {done} student updates", self.validation.seen(shown)[0]
+        forecast_grid(rows, path, title=title, seen=seen)
 
     def sample(
         self, run: RunFolder, path: Path, *, num: int, seed: int, prompts: Sequence[str] = ()
@@ -176,7 +178,12 @@ class OccfmTask(Task):
         for i in range(num or SAMPLES):
             noise = self.validation.noise(shown, seed + i)
             rows[f"student\nnoise {seed + i}"] = student(noise, cond)[0]
-        forecast_grid(rows, path, title=f"Validation window {shown[0]}")
+        seen = self.validation.seen(shown)[0]
+        forecast_grid(rows, path, title=f"Validation window {shown[0]}", seen=seen)
+
+    def usage(self, base: str) -> str:
+        where = "from mfd_fast.models.occfm.loading import load_transition"
+        return f'{where}\n\nstudent = load_transition("{STUDENT}")'
 
     @cached_property
     def vae(self):

@@ -36,7 +36,8 @@ from mfd_fast.models.sana.sampler import SOLVER, load_schedule
 from mfd_fast.models.sana.scores import COLUMNS as SCORE_COLUMNS
 from mfd_fast.models.sana.scores import SanaScores
 from mfd_fast.models.sana.text.source import SanaText
-from mfd_fast.pictures.rows import image_rows
+from mfd_fast.pictures.rows import image_rows, write_samples
+from mfd_fast.run.console import progress
 from mfd_fast.run.folder import STUDENT, RunFolder
 from mfd_fast.run.table import markdown_table
 from mfd_fast.run.task import Task, pictures
@@ -172,7 +173,7 @@ class SanaTask(Task):
         }
         rows, reference = [], None
         batches = list(self._batches(num_samples))  # encoding is not part of the time
-        for name, (lora, k, scale) in samplers.items():
+        for name, (lora, k, scale) in progress(samplers.items(), "evaluating"):
             network = self._network(lora)  # one at a time on the device
             start = time.perf_counter()
             latents = [self._latents(network, cond, noise, k, scale) for cond, noise in batches]
@@ -228,7 +229,19 @@ class SanaTask(Task):
         network = self._network(read_lora(run / STUDENT))
         latents = self._latents(network, cond, noise, steps, 1.0)
         name = f"student, {steps} step{'s' * (steps != 1)}, seed {seed}"
-        image_rows(self._decoded({name: latents}), path, captions=captions)
+        rows = self._decoded({name: latents})
+        write_samples(rows[name], path, partial(image_rows, rows, path, captions=captions))
+
+    def usage(self, base: str) -> str:
+        steps = self.config.distill.student_steps
+        weights = STUDENT if self.teacher_lora is None else WITH_TEACHER
+        return (
+            "import torch\nfrom diffusers import SanaPipeline\n\n"
+            f'pipe = SanaPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16)\n'
+            'pipe.to("cuda")\n'
+            f'pipe.load_lora_weights(".", weight_name="{weights}")  # "." is this folder\n'
+            f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=1.0).images[0]'
+        )
 
     def export(self, run: RunFolder, out: Path) -> Path:
         network = self._network(read_lora(run / STUDENT))

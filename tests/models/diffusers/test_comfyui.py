@@ -1,5 +1,7 @@
 """A student's LoRA under ComfyUI's names, read back by diffusers' own converters of that layout."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,7 @@ from mfd_fast import DistillConfig
 from mfd_fast.diffusers import distillation
 from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.lumina2 import Lumina2
-from mfd_fast.models.diffusers.student import COMFYUI, comfyui_layers
+from mfd_fast.models.diffusers.student import COMFYUI, WORKFLOW, comfyui_layers
 from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora
 
 CONFIG = DistillConfig(aux_updates=1, step_size=0.3)
@@ -90,6 +92,14 @@ def test_one_file_where_it_serves_both_programs(name, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert (COMFYUI in files) == (name in OTHER_NAMES)
     assert ("ComfyUI" in card) == (name not in UNKNOWN)
+    assert (WORKFLOW in files) == (name not in UNKNOWN)
+    if WORKFLOW in files:
+        graph = json.loads((tmp_path / WORKFLOW).read_text())
+        assert graph["student"]["inputs"]["lora_name"] in files
+        assert graph["sigmas"]["inputs"]["sigmas"].replace(",", "") in card
+        linked = [v[0] for node in graph.values() for v in node["inputs"].values()
+                  if isinstance(v, list)]  # fmt: skip
+        assert {*linked} == {*graph} - {"file"}  # every node is used, and is there
     if name not in (*OTHER_NAMES, *UNKNOWN):
         assert "not run there): load `student.safetensors`" in card
 

@@ -65,6 +65,10 @@ def test_png_and_gif_are_written(tmp_path, rows):
     with Image.open(tmp_path / "new" / "forecast.png") as picture:
         assert picture.format == "PNG" and picture.width >= 1200
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 20
+    narrow = picture.width
+    forecast_grid(rows, tmp_path / "seen.png", "", seen=rows["ground truth"][0])
+    with Image.open(tmp_path / "seen.png") as picture:
+        assert picture.width > narrow  # a column more
     forecast_animation(rows, tmp_path / "gif" / "forecast.gif")
     with Image.open(tmp_path / "gif" / "forecast.gif") as picture:
         assert (picture.format, picture.n_frames, picture.info["duration"]) == ("GIF", 6, 500)

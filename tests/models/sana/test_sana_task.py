@@ -80,6 +80,8 @@ def test_sampling_a_prompt_of_ones_own(run_folder, tmp_path):
                "--num", "3", "--out", str(target)]  # fmt: skip
     assert cli.main(command) == 0
     assert Image.open(target).width > Image.open(target).height  # three images side by side
+    plain = [Image.open(path).size for path in (tmp_path / "cat").iterdir()]
+    assert len(plain) == 3 and len(set(plain)) == 1
 
 
 def test_the_exported_checkpoint_is_a_pipeline_with_the_students_function(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.files.plain import read_json
+from mfd_fast.hub import without_loading_bars
 from mfd_fast.models.sana.loading import CONFIG, check_complete, component, weight_files
 
 TOKENIZER, ENCODER, STEM = "tokenizer", "text_encoder", "model"
@@ -223,6 +224,7 @@ def _load_model(folder: Path, variant: str | None, dtype: torch.dtype) -> nn.Mod
     from safetensors import SafetensorError
     from transformers import Gemma2Model
 
+    without_loading_bars()
     try:
         model, report = Gemma2Model.from_pretrained(
             folder,
