@@ -27,6 +27,7 @@ OF_ONE_COMMAND = {
     "models/cifar10/teacher.py": {"--out"},
     "cost/devices.py": {"--peak-tflops", "--bandwidth", "--memory"},
     "cost/estimate.py": {"--gpus"},
+    "hub.py": {"--push"},
 }
 OF_PROGRAMS = re.compile(r"pip install|torchrun|^--[a-z-]+(=[\w,.]+)?$|force-reinstall")
 
