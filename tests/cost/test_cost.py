@@ -25,7 +25,7 @@ from mfd_fast.cost.cycle import (
     weighted,
 )
 from mfd_fast.cost.devices import COMPILED, DEVICES, EAGER, REPLAYED, assumed
-from mfd_fast.cost.estimate import Phase, Span, memory_of, phase_of
+from mfd_fast.cost.estimate import Phase, Span, cycle_of, memory_of, phase_of
 from mfd_fast.cost.operators import MEMORY_BOUND, PRODUCTS
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.table import duration, text
@@ -333,11 +333,26 @@ def test_known_devices_are_whole():
         assert 1e9 < device.link < device.bandwidth and device.memory >= 24e9
 
 
+@pytest.mark.parametrize("activation", ["none", "cheap", "block"])
+def test_few_blocks_of_sana_counted_are_the_whole_network(activation):
+    config = preset("sana-1.6b")
+    short = replace(config.distill, aux_updates=1, student_steps=1, step_size=0.5)
+    config = replace(config, distill=short, train=replace(config.train, activation=activation))
+    counted, whole = cycle_of(config, 1), trace_cycle(shapes_of(config), short, 1)
+    for name, work in whole.phases.items():
+        ours = counted.phases[name]
+        for key in ("flops", "bytes", "num_ops"):
+            assert getattr(ours, key) == pytest.approx(getattr(work, key), rel=1e-6), (name, key)
+    assert counted.memory.peak == whole.memory.peak and counted.gradients == whole.gradients
+    assert counted.persistent == pytest.approx(whole.persistent, rel=1e-6, abs=1000)
+
+
 def test_float8_does_the_same_work_at_twice_the_rate():
     config = preset("sana-1.6b")
     short = replace(config.distill, aux_updates=1, student_steps=1, step_size=0.5)
+    config = replace(config, distill=short)
     plain, rounded = (
-        trace_cycle(shapes_of(replace(config, train=replace(config.train, float8=is_on))), short, 1)
+        cycle_of(replace(config, train=replace(config.train, float8=is_on)), 1)
         for is_on in (False, True)
     )
     assert rounded.total.flops == plain.total.flops

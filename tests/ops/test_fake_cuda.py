@@ -54,8 +54,8 @@ def library(tmp_path_factory) -> Path:
     return built
 
 
-def trace(library: Path, *arguments: str) -> dict:
-    """What ``trace.py`` prints."""
+def trace(library: Path, *arguments: str) -> dict[str, dict]:
+    """What ``trace.py`` prints, by what it traced."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
@@ -73,10 +73,16 @@ def trace(library: Path, *arguments: str) -> dict:
 
 @pytest.fixture(scope="module")
 def traces(library) -> dict[tuple, dict]:
-    """Every case, two processes at a time."""
+    """Every case: one process without the extension, one with it."""
+
+    def traced(extension: str) -> dict[tuple, dict]:
+        cases = {":".join(case[:2]): case for case in CASES if case[2] == extension}
+        found = trace(library, ",".join(cases), extension)
+        return {case: found[what] for what, case in cases.items()}
+
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda case: trace(library, *case), CASES)
-        return dict(zip(CASES, found, strict=True))
+        without, with_it = pool.map(traced, ("", "compiled"))
+    return without | with_it
 
 
 def test_what_the_extension_has():
@@ -104,8 +110,8 @@ def test_every_operator_is_in_one_of_the_updates(traces):
     assert seen == {name for name in registered if not name.endswith("_cuda")}
 
 
-def test_conditions_are_copied_from_pinned_memory(library):
-    faults = trace(library, "conditions")["faults"]
+def test_conditions_are_copied_from_pinned_memory(others):
+    faults = others["conditions"]["faults"]
     assert faults == {"digits": [], "cifar10": [], "sana": [], "occfm": []}
 
 
@@ -123,10 +129,10 @@ def test_conditions_are_copied_from_pinned_memory(library):
         "float64 in an operator": "rsub: float64",
     }.items(),
 )
-def test_planted_faults_are_seen(planted, plant, fault):
-    assert fault in planted["faults"][plant]
+def test_planted_faults_are_seen(others, plant, fault):
+    assert fault in others["planted"]["faults"][plant]
 
 
 @pytest.fixture(scope="module")
-def planted(library) -> dict:
-    return trace(library, "planted")
+def others(library) -> dict[str, dict]:
+    return trace(library, "conditions,planted")

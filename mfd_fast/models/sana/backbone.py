@@ -1,6 +1,7 @@
 """What a SANA run trains: adapters on the frozen network; its shapes without a checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mfd_fast.run.task import Shapes
 
 LATENT_SHRINK = 32  # pixels to a latent pixel in SANA's autoencoder
 TEXT_TOKENS = 300  # of a prompt that is not trimmed
+FEW = 2  # blocks; with one, the memory of a phase could peak at another place than with all
 # transformer/config.json of Sana_600M; SanaConfig's defaults are those of Sana_1600M.
 SANA_600M = {
     "num_layers": 28,
@@ -54,10 +56,26 @@ def sana_backbone(
     )
 
 
-def sana_shapes(config: SanaRun, device: str = "meta") -> Shapes:
-    """A SANA of the run's sizes; one that is no local folder has its published sizes."""
+def sana_terms(config: SanaRun) -> list[tuple[int, Shapes]]:
+    """See :meth:`RunConfig.terms`: all blocks are alike, so few of them, and one more.
+
+    All of them where blocks are recomputed: memory peaks in a block with few, and at the gradients
+    with many.
+    """
+    depth = sana_sizes(config.teacher)[0].num_layers
+    if depth <= FEW or config.train.activation == "block":
+        return [(1, sana_shapes(config))]
+    more = depth - FEW
+    return [(n, sana_shapes(config, depth=d)) for n, d in ((1 - more, FEW), (more, FEW + 1)) if n]
+
+
+def sana_shapes(config: SanaRun, device: str = "meta", *, depth: int | None = None) -> Shapes:
+    """A SANA of the run's sizes, or of ``depth`` blocks; one that is no local folder has its
+    published sizes.
+    """
     settings = config.sana
     sizes, resolution = sana_sizes(config.teacher)
+    sizes = replace(sizes, num_layers=depth or sizes.num_layers)
     side = (settings.resolution or resolution) // LATENT_SHRINK
     with torch.device(device):
         network = SanaNetwork(sizes, time_table=bool(config.distill.grid))

@@ -98,6 +98,11 @@ class SanaRun(RunConfig):
 
         return sana_shapes(self, device)
 
+    def terms(self) -> "list[tuple[int, Shapes]]":
+        from mfd_fast.models.sana.backbone import sana_terms
+
+        return sana_terms(self)
+
 
 # Where every value comes from, and why it is another where it is: docs/presets.md.
 # AdamW at the official script's rate; its moments are 8-bit, ours float32 unless asked for.

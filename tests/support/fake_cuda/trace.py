@@ -1,10 +1,10 @@
 """Updates on CUDA tensors without storage, on a PyTorch without CUDA: what they run, as JSON.
 
-    LD_PRELOAD=device.so python tests/support/fake_cuda/trace.py WHAT [VARIANT] [compiled]
+    LD_PRELOAD=device.so python tests/support/fake_cuda/trace.py WHAT[,WHAT...] [compiled]
 
-``device.so`` is ``device.cpp`` compiled.  WHAT is a model of ``bench.updates.variants`` at a
-VARIANT of it (of "captured" the graphs are calls), "conditions" for what the tasks feed an update,
-or "planted" for faults that must be seen.  With "compiled" every private CUDA operator has a
+``device.so`` is ``device.cpp`` compiled.  WHAT is MODEL:VARIANT of ``bench.updates.variants`` (of
+"captured" the graphs are calls), "conditions" for what the tasks feed an update, or "planted" for
+faults that must be seen.  With "compiled" every private CUDA operator has a
 kernel, as the extension brings them.
 
 ``FakeTensorMode`` knows shapes, dtypes and devices.  Tensors of the host keep their values.  The
@@ -253,22 +253,34 @@ def planted() -> dict[str, Callable]:
     }
 
 
+def traced(mode: OnFakeCuda, make: Callable[[], dict[str, Callable]]) -> dict:
+    """The faults of each function, and what ran for the operators in all of them."""
+    faults = {}
+    mode.chosen.clear()
+    for name, run in make().items():
+        run()  # what is made once is made now
+        mode.faults.clear()
+        run()
+        faults[name] = sorted(mode.faults)
+    return {
+        "faults": faults,
+        "chosen": {name: sorted(found) for name, found in sorted(mode.chosen.items())},
+    }
+
+
 def main() -> None:
-    what, *options = sys.argv[1:]
+    whats, *options = sys.argv[1:]
     mode = OnFakeCuda()
     if "compiled" in options:
         with_compiled_operators()
     stand_in(mode)
     makers = {"conditions": conditions, "planted": planted}
-    faults = {}
     with mode:
-        for name, run in makers.get(what, lambda: updates(what, options[0]))().items():
-            run()  # what is made once is made now
-            mode.faults.clear()
-            run()
-            faults[name] = sorted(mode.faults)
-    chosen = {name: sorted(found) for name, found in sorted(mode.chosen.items())}
-    print(json.dumps({"faults": faults, "chosen": chosen}))
+        found = {
+            what: traced(mode, makers.get(what, partial(updates, *what.split(":"))))
+            for what in whats.split(",")
+        }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
