@@ -14,7 +14,8 @@ from mfd_fast import cli
 from mfd_fast.cli.cost import OWN_GPU, _device, _make_folder, gpu_named
 from mfd_fast.cost import estimate as predict
 from mfd_fast.cost.devices import DEVICES, GB, THIS_MACHINE, assumed, device_named
-from mfd_fast.cost.estimate import CONTEXT_BYTES, GPUS_PER_MACHINE, NETWORK_BYTES_S
+from mfd_fast.cost.estimate import GPUS_PER_MACHINE, NETWORK_BYTES_S
+from mfd_fast.cost.plans import CONTEXT_BYTES
 from mfd_fast.cost.table import text
 from mfd_fast.models import preset
 
