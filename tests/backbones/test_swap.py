@@ -1,14 +1,12 @@
 """Blocks on the host: the same numbers bit for bit, in order, with the bytes of the plan."""
 
-import diffusers
 import pytest
 import torch
-from frozen_bases import updates
-from tiny_pipelines import tiny_pipeline
+from frozen_bases import flux, plan_of, updates
 
-from mfd_fast.backbones.quantized import FrozenLinear, quantize_network
+from mfd_fast.backbones.quantized import FrozenLinear
 from mfd_fast.backbones.swap import PLACES, BlockSwap, CpuCopies, plan_swap
-from mfd_fast.models.diffusers.family import Family, named
+from mfd_fast.models.diffusers.family import named
 
 CPU = torch.device("cpu")
 
@@ -37,34 +35,6 @@ class LateCopies(CpuCopies):
     def wait(self, ticket):
         place, host = ticket
         place.copy_(host)
-
-
-def flux(base, dtype=torch.float32, blocks=4):
-    """A FLUX of twice as many blocks."""
-    tiny = tiny_pipeline("flux1-dev").transformer
-    torch.manual_seed(1)
-    network = diffusers.FluxTransformer2DModel.from_config(
-        tiny.config, num_layers=blocks, num_single_layers=blocks
-    )
-    network = network.eval().to(dtype).requires_grad_(False)
-    quantize_network(named(network), Family.blocks, base)
-    return network
-
-
-def sizes(network):
-    blocks = {}
-    for stack in ("transformer_blocks", "single_transformer_blocks"):
-        for index, block in enumerate(getattr(network, stack)):
-            layers = (x for x in block.modules() if isinstance(x, FrozenLinear))
-            blocks[f"transformer.{stack}.{index}"] = sum(x.stored.nbytes for x in layers)
-    tensors = [*network.parameters(), *network.buffers()]
-    return blocks, sum(x.nbytes for x in tensors) - sum(blocks.values())
-
-
-def plan_of(network, share):
-    """A plan with about this share of the blocks' bytes on the device."""
-    blocks, rest = sizes(network)
-    return plan_swap(blocks, rest, rest + share * sum(blocks.values()))
 
 
 def swapping(share, made, copies=LateCopies):

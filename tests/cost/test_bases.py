@@ -6,8 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from frozen_bases import PROMPTS, TOKENS, family_with
-from test_swap import flux, plan_of
+from frozen_bases import PROMPTS, TOKENS, family_with, flux, plan_of
 from tiny_pipelines import tiny_pipeline
 
 from mfd_fast import DistillConfig, Distiller

@@ -2,12 +2,14 @@
 
 import copy
 
+import diffusers
 import torch
 from small_networks import draw_adapter
 from tiny_pipelines import SIDES, tiny_pipeline
 
 from mfd_fast import DistillConfig, Distiller
 from mfd_fast.backbones.quantized import FrozenLinear, quantize_network
+from mfd_fast.backbones.swap import plan_swap
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.family import Family, family_of, named
 
@@ -71,3 +73,31 @@ def quantised(name, base, dtype=torch.bfloat16):
     network = tiny_pipeline(name).transformer.to(dtype).requires_grad_(False)
     quantize_network(named(network), Family.blocks, base)
     return network
+
+
+def flux(base, dtype=torch.float32, blocks=4):
+    """A FLUX of twice as many blocks."""
+    tiny = tiny_pipeline("flux1-dev").transformer
+    torch.manual_seed(1)
+    network = diffusers.FluxTransformer2DModel.from_config(
+        tiny.config, num_layers=blocks, num_single_layers=blocks
+    )
+    network = network.eval().to(dtype).requires_grad_(False)
+    quantize_network(named(network), Family.blocks, base)
+    return network
+
+
+def sizes(network):
+    blocks = {}
+    for stack in ("transformer_blocks", "single_transformer_blocks"):
+        for index, block in enumerate(getattr(network, stack)):
+            layers = (x for x in block.modules() if isinstance(x, FrozenLinear))
+            blocks[f"transformer.{stack}.{index}"] = sum(x.stored.nbytes for x in layers)
+    tensors = [*network.parameters(), *network.buffers()]
+    return blocks, sum(x.nbytes for x in tensors) - sum(blocks.values())
+
+
+def plan_of(network, share):
+    """A plan with about this share of the blocks' bytes on the device."""
+    blocks, rest = sizes(network)
+    return plan_swap(blocks, rest, rest + share * sum(blocks.values()))
