@@ -75,6 +75,7 @@ ALL = [
     *named("estimate", "bench.predict.cycles", PRESETS),
     *named("profile", "bench.predict.cycles", PRESETS),
     Benchmark("predicted_memory", "bench.predict.predicted_memory"),
+    Benchmark("base_memory", "bench.predict.base_memory", needs=(*DIFFUSERS, "bitsandbytes")),
     Benchmark("predicted_time", "bench.predict.predicted_time"),
     Benchmark("families", "bench.predict.families", needs=DIFFUSERS, file="families_estimate.json"),
     Benchmark("runs", "bench.predict.runs", needs=DIFFUSERS, file="runs_estimate.json"),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mfd_fast.baselines.config import DERIVATIVE_SPAN, MeanFlowSettings
-from mfd_fast.cost.estimate import cycle_of
+from mfd_fast.cost.plans import cycle_of
 from mfd_fast.cost.trace import OUTSIDE, Trace
 from mfd_fast.files.whole import write_text
 from mfd_fast.run.config import RunConfig

@@ -12,7 +12,7 @@ import torch
 from bench.running import Options
 from mfd_fast.cost import device_named
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import CONTEXT_BYTES, cycle_of, profiles_of
+from mfd_fast.cost.plans import CONTEXT_BYTES, cycle_of, profiles_of
 from mfd_fast.cost.trace import Trace
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers.family import FamilyNetwork

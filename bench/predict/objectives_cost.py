@@ -33,7 +33,8 @@ from mfd_fast.baselines.objectives import COMPARED, needs_of
 from mfd_fast.cost import CycleCost, device_named, trace_cycle
 from mfd_fast.cost.cycle import weighted_cycles
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import cycle_of, memory_of, phase_of, total
+from mfd_fast.cost.phases import phase_of, total
+from mfd_fast.cost.plans import cycle_of, memory_of
 from mfd_fast.cost.trace import OUTSIDE, Trace
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers.family import Family, FamilyNetwork, family_of

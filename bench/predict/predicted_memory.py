@@ -20,7 +20,7 @@ from bench.running import Options, elsewhere
 from bench.updates import networks
 from mfd_fast.backbones.lanes import CopiedBackbone
 from mfd_fast.cost import trace_cycle
-from mfd_fast.cost.estimate import memory_of
+from mfd_fast.cost.plans import memory_of
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller

@@ -15,8 +15,8 @@ from bench.running import Options, timed
 from bench.updates import networks
 from bench.updates.variants import SANA_SIZES, STEP, working_dtype
 from mfd_fast.cost import this_machine, trace_cycle
-from mfd_fast.cost.estimate import cycle_phases, total
 from mfd_fast.cost.measured import calibrated
+from mfd_fast.cost.phases import cycle_phases, total
 from mfd_fast.distill.captured import CapturedDistiller
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller

@@ -24,7 +24,7 @@ from bench.predict.networks import Step, traced_step
 from bench.running import Options
 from mfd_fast.cost import device_named
 from mfd_fast.cost.devices import Device, Efficiency, Host, assumed
-from mfd_fast.cost.estimate import phase_of
+from mfd_fast.cost.phases import phase_of
 
 SIMPLETUNER = (
     "https://github.com/bghira/SimpleTuner/blob/main/documentation/experimental/"

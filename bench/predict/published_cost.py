@@ -19,7 +19,7 @@ from bench.updates.sana_sizes import SIZES, Published
 from mfd_fast.cost import device_named, trace_cycle
 from mfd_fast.cost.cycle import expected_evaluations
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import phase_of
+from mfd_fast.cost.phases import phase_of
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.config import DistillConfig

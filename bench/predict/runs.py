@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from bench.running import Options
 from mfd_fast.cost import device_named
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import cycles_of, profiles_of
+from mfd_fast.cost.plans import cycles_of, profiles_of
 from mfd_fast.models import preset
 from mfd_fast.run.maker import run_is_captured
 

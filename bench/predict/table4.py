@@ -9,7 +9,7 @@ from dataclasses import replace
 from bench.running import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.estimate import cycle_phases, total
+from mfd_fast.cost.phases import cycle_phases, total
 from mfd_fast.models import preset
 
 GPU = "rtx-pro-6000"

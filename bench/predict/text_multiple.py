@@ -15,7 +15,8 @@ import torch
 from bench.running import Options
 from mfd_fast.cost import device_named, estimate
 from mfd_fast.cost.devices import Host, assumed
-from mfd_fast.cost.estimate import Estimate, cycle_phases
+from mfd_fast.cost.estimate import Estimate
+from mfd_fast.cost.phases import cycle_phases
 from mfd_fast.distill.graphs import WARMUP_CALLS
 from mfd_fast.models import preset
 from mfd_fast.models.sana.text.encoder import MAX_LENGTH

@@ -44,7 +44,7 @@ from bench.updates.variants import (
     working_dtype,
 )
 from mfd_fast.cost.devices import Device, Efficiency, Host, calibrate, this_machine
-from mfd_fast.cost.estimate import phase_of
+from mfd_fast.cost.phases import phase_of
 from mfd_fast.cost.profile import WAITS
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.distill.phases import PhaseTimer

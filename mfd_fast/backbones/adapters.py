@@ -360,7 +360,7 @@ def _targets_of(network: nn.Module, patterns: Patterns) -> list[Target]:
         layers = [name for name, module in there if isinstance(module, nn.Linear | nn.Conv2d)]
         raise ValueError(f"targets {unmatched} match nothing; the network has {some(layers, 8)}")
     targets = [Target.of(name, module) for name, module in found.items()]
-    kinds = {(target.module.weight.dtype, target.module.weight.device) for target in targets}
+    kinds = {(target.dtype, target.device) for target in targets}
     if len(kinds) != 1 or not next(iter(kinds))[0].is_floating_point:
         raise ValueError(
             "all targets must share one floating dtype and one device; got "

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from mfd_fast.backbones.quantized import FrozenLinear
+
 
 @dataclass(frozen=True)
 class Target:
@@ -36,13 +38,25 @@ class Target:
             f"no padding; {name} is {what}. Narrow the targets"
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, whatever it is stored as."""
+        is_frozen = isinstance(self.module, FrozenLinear)
+        return self.module.dtype if is_frozen else self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        is_frozen = isinstance(self.module, FrozenLinear)
+        return (self.module.stored if is_frozen else self.module.weight).device
+
     def own_weight(self) -> nn.Parameter:
         """The weight that a merge changes; ``ValueError`` if the layer computes it from others."""
         weight = self.module._parameters.get("weight")
         if weight is None:
             raise ValueError(
-                f"the weight of {self.name} is computed (a parametrization or weight_norm), so "
-                "nothing can be merged into it: remove that first "
+                f"the weight of {self.name} is computed (quantised, a parametrization or "
+                "weight_norm), so nothing can be merged into it: remove that first "
                 '(nn.utils.parametrize.remove_parametrizations(layer, "weight")), or keep the '
                 "adapter apart (adapter_state_dict)"
             )
@@ -92,11 +106,11 @@ class Adapter(nn.Module):
         pairs = (((rank, t.in_features), (t.out_features, rank)) for t in targets)
         self.shapes = [shape for pair in pairs for shape in pair]
         self.sizes = [rows * columns for rows, columns in self.shapes]
-        weight = targets[0].module.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32) if is_trained else weight.dtype
-        flat = torch.zeros(sum(self.sizes), dtype=dtype, device=weight.device)
+        model = targets[0].dtype
+        dtype = torch.promote_types(model, torch.float32) if is_trained else model
+        flat = torch.zeros(sum(self.sizes), dtype=dtype, device=targets[0].device)
         self.master = nn.Parameter(flat, requires_grad=is_trained)
-        working = None if dtype == weight.dtype else flat.to(weight.dtype)
+        working = None if dtype == model else flat.to(model)
         self.register_buffer("working", working, persistent=False)
         self.factors = self._views()
 

@@ -44,6 +44,7 @@ def estimate(
     bandwidth: Rate = None,
     memory: Rate = None,
     scaling: bool = False,
+    check_base: bool = False,
 ) -> None:
     """Print predicted time, memory and energy of a preset on a device, before it starts.
 
@@ -58,7 +59,11 @@ def estimate(
         bandwidth: Of its memory, GB/s.
         memory: Its size, GB.
         scaling: Also the work by kind of operator, and what up to 512 of the GPUs would bring.
+        check_base: Measure what --base changes in the teacher on the prompts, and nothing else.
     """
+    if check_base:
+        print(config.check_base())
+        return
     from mfd_fast.cost import devices
     from mfd_fast.cost.devices import GB
     from mfd_fast.cost.estimate import estimate as predict

@@ -218,6 +218,22 @@ def forward_evaluations(config: DistillConfig, of_lane: float) -> dict[str, floa
     }
 
 
+def network_calls(config: DistillConfig, rows: int) -> dict[str, float]:
+    """phase -> expected passes through a network's blocks in a cycle, all samples and lanes of
+    ``rows`` samples together; a backward is one pass for each evaluation that it enters.
+    """
+    of_sampler = config.student_steps * EVALUATIONS_PER_STEP[config.student_solver]
+    parts, student = config.micro_batches, config.micro_batches * config.student_updates
+    enters = of_sampler if config.student_backprop == "all" else of_sampler / config.student_steps
+    return {
+        "aux/generate": parts * config.aux_generations * of_sampler,
+        **dict.fromkeys(("aux/forward", "aux/backward"), float(parts * config.aux_updates)),
+        "student/generate": student * of_sampler,
+        INTEGRATE: student * sum(expected_evaluations(config, rows).values()),
+        "student/backward": student * enters,
+    }
+
+
 def adapter_share(backbone: Backbone, lanes: tuple[Lane, ...]) -> float:
     """Lanes that use an adapter among ``lanes``; 1 for a backbone without adapters."""
     adapters_of = getattr(backbone, "adapters_of", None)

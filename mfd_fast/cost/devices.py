@@ -38,6 +38,12 @@ class Device:
     source: str = DATA_SHEET
     is_gpu: bool = True
 
+    @property
+    def pcie(self) -> float:
+        """Bytes a second from the host's memory: assumed, not measured on a GPU."""
+        lanes = 64 * GB if self.name in PCIE_5 else 32 * GB  # 16 lanes of generation 5 or 4
+        return ASSUMED_PCIE * lanes if self.is_gpu else self.bandwidth
+
     def flops(self, dtype: torch.dtype) -> float:
         """Operations a second of matmuls in ``dtype``; 8 bits twice as many as 16."""
         if dtype.itemsize == 1:
@@ -97,6 +103,8 @@ class Efficiency:
 # small and fused ones half of that, and a copy at least 75 % of the memory's rate.
 ASSUMED_SHARES = {"product": 0.6, "convolution": 0.3, "attention": 0.3, "adapter": 0.3}
 ASSUMED_BANDWIDTH = 0.75
+ASSUMED_PCIE = 0.8
+PCIE_5 = frozenset({"b200", "h200", "h100", "h100-pcie", "rtx-pro-6000", "rtx5090"})
 
 
 def assumed(*, is_captured: bool) -> Efficiency:

@@ -1,10 +1,14 @@
 """An estimate as the text that ``mfd-fast estimate`` prints."""
 
+import math
+
 from mfd_fast.backbones.float8 import MIN_OUTPUTS
 from mfd_fast.cost.cycle import evaluations_of_lane, forward_evaluations, is_interval
 from mfd_fast.cost.devices import Device, Efficiency, Host
-from mfd_fast.cost.estimate import Estimate, Phase, Profile, Span
+from mfd_fast.cost.estimate import Estimate
 from mfd_fast.cost.operators import FAMILIES
+from mfd_fast.cost.phases import Phase, Span
+from mfd_fast.cost.plans import Profile
 from mfd_fast.cost.trace import Work
 from mfd_fast.run.config import with_fast
 
@@ -24,6 +28,7 @@ def text(run: Estimate, *, scaling: bool = False) -> str:
     parts += [_evaluations(run)] if is_interval(run.config.distill) else []
     parts += [_choices(run)] if run.choices else []
     parts += [f"{_memory(run)}\n{_fit(run)}"]
+    parts += [_bases(run)] if run.bases else []
     parts += [_families(run), _scaling(run)] if scaling else []
     return "\n\n".join([*parts, f"{_run(run)}\n{OVERHEAD}"])
 
@@ -166,6 +171,10 @@ def _memory(run: Estimate) -> str:
         f"{name} {size / 1e9:.3g}" for name, size in run.memory.items() if size > 5e6
     )
     said = f"memory      {sum(run.memory.values()) / 1e9:.4g} GB: {parts}"
+    if run.swap is not None:
+        said += f"\non the host {len(run.swap.swapped)} blocks of the base, "
+        said += f"{run.swap.host_bytes / 1e9:.3g} GB, which every pass copies at "
+        said += f"{run.device.pcie / 1e9:.3g} GB/s (assumed)"
     others = run.config.beside_the_updates().items()
     return said + "".join(f"\nonly between updates: {name} {x / 1e9:.3f} GB" for name, x in others)
 
@@ -191,9 +200,38 @@ def _batch(largest: int) -> str:
     return str(largest) if largest <= MOST_BATCH else f"more than {MOST_BATCH:,}"
 
 
+def _bases(run: Estimate) -> str:
+    """The best plan on every format of the frozen base."""
+    rows = []
+    for plan in run.bases:
+        fits = plan.bytes <= run.device.memory
+        blocks = f"{len(plan.swap.swapped)}, {plan.swap.host_bytes / 1e9:.3g}" if plan.swap else "0"
+        way = [plan.activation, plan.optimizer, f"{plan.bytes / 1e9:.3g}", blocks]
+        cost = [_range(plan.seconds.times(1e3)), plan.bound] if fits else ["does not fit", ""]
+        rows.append([plan.base, *way, *cost])
+    head = [
+        "base",
+        "activations",
+        "optimizer",
+        "GB",
+        "blocks on the host, GB",
+        "ms a cycle",
+        "bound",
+    ]
+    return aligned(head, rows)
+
+
+def _flags(profile: Profile) -> str:
+    """The options of a plan's base, as they are typed."""
+    named = f"--base {profile.base} " if profile.base else ""
+    if profile.swap is None or not profile.swap.swapped:
+        return named
+    return f"{named}--base-memory {math.ceil(profile.swap.resident / 1e7) / 100:g} "
+
+
 def _profile(profile: Profile) -> str:
     return (
-        f"--train.activation {profile.activation} with {profile.optimizer} "
+        f"{_flags(profile)}--train.activation {profile.activation} with {profile.optimizer} "
         f"({profile.bytes / 1e9:.3g} GB, {_range(profile.seconds.times(1e3))} ms a cycle)"
     )
 

@@ -20,6 +20,7 @@ from mfd_fast.settings import (
 )
 
 if TYPE_CHECKING:
+    from mfd_fast.backbones.quantized import Stored
     from mfd_fast.run.task import Shapes, Task
 
 Capture = Literal["auto", "on", "off"]
@@ -148,6 +149,20 @@ class RunConfig(Settings):
         so deep that an estimate takes their blocks once and counts them.
         """
         return [(1, self.shapes())]
+
+    def bases(self) -> "dict[str, RunConfig]":
+        """The same run on every format of its frozen base that an estimate compares, by name."""
+        return {}
+
+    def stored(self) -> "Stored | None":
+        """Bytes of the frozen base, where it has several formats."""
+        return None
+
+    def check_base(self) -> str:
+        """What the format of the frozen base changes in the teacher, in words."""
+        raise ValueError(
+            f"--check-base is for pipelines of diffusers; {self.preset} has its base in one format"
+        )
 
     def beside_the_updates(self) -> dict[str, float]:
         """Bytes, by name, of what is on the device only between updates, as far as known."""

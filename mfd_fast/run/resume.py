@@ -102,7 +102,7 @@ def fingerprint(backbone: Backbone, ranks: Ranks) -> dict[str, Any]:
     trained = {role: [list(p.shape) for p in backbone.parameters_of(role)] for role in TRAINED}
     frozen = list(_frozen(backbone))
     sums = [_bit_sum(x) for x in local([parameter for _, parameter in frozen])]
-    total = torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+    total = torch.stack([x.cpu() for x in sums]) if sums else torch.zeros(0, dtype=torch.int64)
     if ranks.is_sharded:
         total = torch.stack(ranks.gather(total)).sum(0)
     names = [f"{name} {list(parameter.shape)} {parameter.dtype}" for name, parameter in frozen]

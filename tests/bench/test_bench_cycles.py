@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from bench.predict import cycles
 from bench.results import record
 from bench.running import Options
-from mfd_fast.cost.estimate import Phase, Span
+from mfd_fast.cost.phases import Phase, Span
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 

@@ -25,8 +25,9 @@ from mfd_fast.cost.cycle import (
     weighted,
 )
 from mfd_fast.cost.devices import COMPILED, DEVICES, EAGER, REPLAYED, assumed
-from mfd_fast.cost.estimate import Phase, Span, cycle_of, memory_of, phase_of
 from mfd_fast.cost.operators import MEMORY_BOUND, PRODUCTS
+from mfd_fast.cost.phases import Phase, Span, phase_of
+from mfd_fast.cost.plans import cycle_of, memory_of
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.cost.table import duration, text
 from mfd_fast.distill.config import DistillConfig

@@ -14,7 +14,8 @@ from mfd_fast import cli
 from mfd_fast.cli.cost import OWN_GPU, _device, _make_folder, gpu_named
 from mfd_fast.cost import estimate as predict
 from mfd_fast.cost.devices import DEVICES, GB, THIS_MACHINE, assumed, device_named
-from mfd_fast.cost.estimate import CONTEXT_BYTES, GPUS_PER_MACHINE, NETWORK_BYTES_S
+from mfd_fast.cost.estimate import GPUS_PER_MACHINE, NETWORK_BYTES_S
+from mfd_fast.cost.plans import CONTEXT_BYTES
 from mfd_fast.cost.table import text
 from mfd_fast.models import preset
 
@@ -136,8 +137,8 @@ def test_samples_of_every_student_update_of_a_cycle_count():
 @pytest.fixture
 def traced_once(monkeypatch):
     """The same shapes are traced once for several devices."""
-    module = importlib.import_module("mfd_fast.cost.estimate")
-    trace, known = module.cycle_of, {}
+    modules = [importlib.import_module(f"mfd_fast.cost.{name}") for name in ("estimate", "plans")]
+    trace, known = modules[0].cycle_of, {}
 
     def remembered(config, batch):
         key = (config, batch)
@@ -145,7 +146,8 @@ def traced_once(monkeypatch):
             known[key] = trace(config, batch)
         return known[key]
 
-    monkeypatch.setattr(module, "cycle_of", remembered)
+    for module in modules:
+        monkeypatch.setattr(module, "cycle_of", remembered)
 
 
 def test_the_guide_shows_what_the_commands_print(traced_once):

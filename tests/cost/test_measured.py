@@ -8,8 +8,8 @@ import torch
 
 from mfd_fast.cost import device_named, measured
 from mfd_fast.cost.devices import Efficiency, Fit, Host
-from mfd_fast.cost.estimate import phase_of
 from mfd_fast.cost.measured import calibrated, efficiency_here, fit
+from mfd_fast.cost.phases import phase_of
 from mfd_fast.cost.table import _efficiency
 from mfd_fast.cost.trace import Op, Work
 

@@ -142,8 +142,10 @@ def outline(folder: Path, index: dict[str, Any]) -> Any:
 
 
 @quiet()
-def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: str | None) -> Any:
-    """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen."""
+def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: Any) -> Any:
+    """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen;
+    options are from_pretrained's, components that are there already among them.
+    """
     import diffusers
 
     without_loading_bars()

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.backbones.networks import Patterns
+from mfd_fast.backbones.quantized import check_format, quantize_network
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.checkpoint import pipeline_around
-from mfd_fast.models.diffusers.family import Cond, family_of
+from mfd_fast.models.diffusers.family import Cond, family_of, named
 from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.sampler import student_sampler
 from mfd_fast.models.diffusers.student import save_student
@@ -43,6 +44,7 @@ class Distillation:
         steps: int = 4,
         rank: int = 64,
         teacher_lora: str | Mapping[str, float] | None = None,
+        base: str = "bf16",
         height: int | None = None,
         width: int | None = None,
         cond: Cond | None = None,
@@ -53,6 +55,9 @@ class Distillation:
         capture: Capture = "auto",
     ):
         self.family = family_of(pipe, height=height, width=width, scale=guidance)
+        if base != "bf16":
+            check_format(base)
+            quantize_network(named(pipe.transformer), self.family.blocks, base)
         self.teacher_lora = merge_teacher_lora(pipe, teacher_lora)
         config = DistillConfig() if config is None else config
         self.config = replace(config, guidance=self.family.guidance, student_steps=steps)
@@ -161,6 +166,7 @@ def distillation(
         rank: of the adapters.
         teacher_lora: a LoRA file, or files with their weights, that belong to the teacher; LoRAs
             that are active in the pipeline already do too.
+        base: format that the network's blocks are kept in from now on, ``quantized.FORMATS``.
         height, width: of the images; the pipeline's default if None.
         cond, null: conditions of any prompt and the null condition's row, where the text encoders
             are gone.

@@ -241,6 +241,11 @@ class FamilyNetwork(nn.Module):
         return self.family.velocity(self.transformer, x, t, cond)
 
 
+def named(transformer: nn.Module) -> nn.Module:
+    """The network under the name by which ``Family.blocks`` knows it."""
+    return nn.ModuleDict({"transformer": transformer})
+
+
 def family_of(pipe: Any, **options: Any) -> Family:
     """The adapter of a pipeline, with :class:`Family`'s options; errors of :func:`adapter_of`."""
     return adapter_of(type(pipe).__name__)(pipe, **options)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.models.sana.presets import IMAGES, PAPER
 from mfd_fast.run.config import RunConfig, TrainConfig
-from mfd_fast.settings import Count, Number, Positive, Settings
+from mfd_fast.settings import Count, Number, Positive, PositiveOrOff, Settings
 
 if TYPE_CHECKING:
+    from mfd_fast.backbones.quantized import Stored
     from mfd_fast.models.diffusers.task import PipelineTask
     from mfd_fast.run.task import Shapes
 
@@ -35,6 +36,14 @@ class PipelineSettings(Settings):
     """Guidance scale of the teacher as the pipeline's call means it; None: that call's default."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the frozen pipeline; adapters and ODE states are float32."""
+    base: Literal["bf16", "int8", "float8", "nf4", "auto"] = "bf16"
+    """Format of the frozen network's blocks: bf16 is as dtype says, auto the largest of bf16, int8
+    and nf4 with which the run fits into the device's free memory.
+    """
+    base_memory: PositiveOrOff = 0.0
+    """GB of the device for the frozen network; its other blocks live in the host's memory and come
+    ahead of their use; 0: all of it on the device.
+    """
     rank: Count = 64
     """Rank of the auxiliary's and the student's LoRA."""
     alpha: Positive = 64.0
@@ -64,6 +73,8 @@ class PipelineRun(RunConfig):
         "--revision": "--pipeline.revision",
         "--variant": "--pipeline.variant",
         "--teacher-lora": "--pipeline.teacher-lora",
+        "--base": "--pipeline.base",
+        "--base-memory": "--pipeline.base-memory",
     }
     PATHS: ClassVar[tuple[str, ...]] = (
         *RunConfig.PATHS,
@@ -75,6 +86,7 @@ class PipelineRun(RunConfig):
         "pipeline.prompt_column",
         "pipeline.skip_bad",
         "pipeline.text_memory",
+        "pipeline.base_memory",
         "pipeline.revision",
         "pipeline.variant",
     )
@@ -101,6 +113,26 @@ class PipelineRun(RunConfig):
         from mfd_fast.models.diffusers.shapes import pipeline_terms
 
         return pipeline_terms(self)
+
+    def bases(self) -> dict[str, RunConfig]:
+        from mfd_fast.backbones.quantized import COMPARED
+
+        names = dict.fromkeys((self.pipeline.base, *COMPARED))
+        names.pop("auto", None)
+        return {
+            name: replace(self, pipeline=replace(self.pipeline, base=name, base_memory=0.0))
+            for name in names
+        }
+
+    def stored(self) -> "Stored":
+        from mfd_fast.models.diffusers.shapes import outlined, stored_of
+
+        return stored_of(outlined(self), self.pipeline)
+
+    def check_base(self) -> str:
+        from mfd_fast.models.diffusers.base_error import base_error
+
+        return base_error(self)
 
     def beside_the_updates(self) -> dict[str, float]:
         from mfd_fast.models.diffusers.shapes import beside_the_updates

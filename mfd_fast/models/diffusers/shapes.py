@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfd_fast.backbones.networks import names_of
+from mfd_fast.backbones.networks import find_modules, names_of
+from mfd_fast.backbones.quantized import Stored, freeze_linears
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.checkpoint import (
     CONFIGS,
@@ -20,7 +21,7 @@ from mfd_fast.models.diffusers.checkpoint import (
     quiet,
     read_index,
 )
-from mfd_fast.models.diffusers.family import Family, family_of
+from mfd_fast.models.diffusers.family import Family, family_of, named
 from mfd_fast.models.diffusers.presets import PipelineRun, PipelineSettings
 from mfd_fast.models.diffusers.published import Published, published
 from mfd_fast.run.task import Shapes
@@ -118,6 +119,9 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
     settings = config.pipeline
     transformer = family.pipe.transformer.requires_grad_(False).eval()
     transformer.to(getattr(torch, settings.dtype))
+    if settings.base not in ("bf16", "auto"):
+        for layer in freeze_linears(named(transformer), family.blocks, settings.base).values():
+            layer.stored.zero_()
     backbone = backbone_of(
         family,
         rank=settings.rank,
@@ -129,6 +133,21 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
     if family.has_null:
         family.null_row = family.blank(1)
     return Shapes(backbone, family.blank)
+
+
+def stored_of(family: Family, settings: PipelineSettings) -> Stored:
+    """Bytes of a family's network, which is on ``meta``, in the format of the settings."""
+    base, dtype = settings.base.replace("auto", "bf16"), getattr(torch, settings.dtype)
+    network = named(deepcopy(family.pipe.transformer).to(dtype))
+    layers = freeze_linears(network, family.blocks, base)
+    tensors = [*network.parameters(), *network.buffers()]
+    blocks = dict.fromkeys(find_modules(network, family.blocks)[0], 0)
+    for name, layer in layers.items():
+        blocks[next(x for x in blocks if name.startswith(f"{x}."))] += layer.stored.nbytes
+    plain = [x.in_features * x.out_features * dtype.itemsize for x in layers.values()]
+    rest = sum(x.nbytes for x in tensors) - sum(blocks.values())
+    budget = settings.base_memory * 1e9
+    return Stored(base, blocks, rest, budget, sum(plain), max(plain), len(layers))
 
 
 def beside_the_updates(config: PipelineRun) -> dict[str, float]:
@@ -165,6 +184,12 @@ def parse_resolution(text: str) -> tuple[int | None, int | None]:
     return int(found.group(1)), int(found.group(2) or found.group(1))
 
 
+def why_eager(config: PipelineRun, family: Family) -> str:
+    """Why the updates cannot be CUDA graphs, if they cannot."""
+    from_host = "blocks of the base come from the host" if config.pipeline.base_memory else ""
+    return family.why_eager or from_host
+
+
 def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
     """The config with the guidance as the engine means it, and what the family cannot do off.
 
@@ -176,8 +201,13 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
             f"distill.guidance follows from the pipeline's scale and must be {family.guidance:g} "
             f"here, got {distill.guidance:g}; give the scale with --guidance"
         )
-    if family.why_eager:
+    if config.pipeline.base != "bf16" and train.float8:
+        raise ValueError(
+            "train.float8 multiplies copies of the weights themselves: drop --train.float8, or "
+            f"take --base bf16, not {config.pipeline.base}"
+        )
+    if why := why_eager(config, family):
         if train.capture == "on":
-            raise ValueError(f"train.capture must be auto or off here: {family.why_eager}")
+            raise ValueError(f"train.capture must be auto or off here: {why}")
         train = replace(train, capture="off")
     return replace(config, distill=replace(distill, guidance=family.guidance), train=train)

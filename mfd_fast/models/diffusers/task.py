@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +14,29 @@ from torch import Generator, Tensor
 
 from mfd_fast.backbones.lanes import STUDENT as STUDENT_LANE
 from mfd_fast.backbones.networks import names_of
+from mfd_fast.backbones.quantized import check_format
 from mfd_fast.backbones.shared import SharedBackbone
+from mfd_fast.backbones.swap import BlockSwap
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.integrate import generate
 from mfd_fast.flow.times import Schedule
+from mfd_fast.hub import fetch
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
+from mfd_fast.models.diffusers.base import (
+    check_host,
+    chosen,
+    describe,
+    free_memory,
+    load_network,
+    swap_plan,
+)
 from mfd_fast.models.diffusers.checkpoint import (
     CONFIGS,
     check_parts,
     load_pipeline,
     lora_files,
     merge_lora_files,
+    network_class,
     networks,
     outline,
     read_index,
@@ -35,7 +48,12 @@ from mfd_fast.models.diffusers.presets import PipelineRun
 from mfd_fast.models.diffusers.probe import probe
 from mfd_fast.models.diffusers.record import record
 from mfd_fast.models.diffusers.sampler import StudentSampler, student_sampler
-from mfd_fast.models.diffusers.shapes import check_teacher, engine_config, options_of
+from mfd_fast.models.diffusers.shapes import (
+    check_teacher,
+    engine_config,
+    options_of,
+    why_eager,
+)
 from mfd_fast.models.diffusers.student import save_student
 from mfd_fast.models.diffusers.text import HostText
 from mfd_fast.models.sana.lora_files import Lora
@@ -83,8 +101,20 @@ class PipelineTask(Task):
         if self.settings.teacher_lora:
             lora_files(self.settings.teacher_lora)
         outlined = family_of(outline(self.folder, self.index), **self.options)
-        self.config = engine_config(config, outlined)
-        self.shape, self.why_eager = outlined.sample_shape, outlined.why_eager
+        asked = config.pipeline.base
+        self.config = chosen(engine_config(config, outlined), self.device)
+        self.settings = self.config.pipeline
+        check_format(self.settings.base)
+        self.plan = swap_plan(self.config, outlined)
+        if self.plan is not None:
+            check_host(self.plan)
+        self.is_plain = self.settings.base == "bf16" and self.plan is None
+        self.about_base = ""
+        if asked == "auto" or not self.is_plain:
+            self.about_base = describe(self.config, outlined, self.plan)
+        if asked == "auto":
+            self.about_base += f" (auto, {free_memory(self.device) / 1e9:.3g} GB free)"
+        self.shape, self.why_eager = outlined.sample_shape, why_eager(self.config, outlined)
         self.teacher_lora: Lora | None = None  # read with the weights
 
     def check(self) -> dict[str, str]:
@@ -98,6 +128,8 @@ class PipelineTask(Task):
         if self.why_eager:
             how = f"eager ({self.why_eager}), activations {self.config.train.activation}"
             found["step"] = how
+        if self.about_base:
+            found["base"] = self.about_base
         if self.settings.teacher_lora:
             found["teacher LoRA"] = self.settings.teacher_lora
         return found | pictures()
@@ -119,7 +151,8 @@ class PipelineTask(Task):
     def backbone(self) -> SharedBackbone:
         probe(self.family, self._any_cond)
         _ = self.sampler  # asked of the pipeline while all of it is on the CPU
-        self.family.pipe.transformer.to(self.device)
+        if self.plan is None:
+            self.family.pipe.transformer.to(self.device)
         return self._backbone
 
     def schedule(self) -> Schedule:
@@ -133,10 +166,29 @@ class PipelineTask(Task):
             getattr(torch, self.settings.dtype),
             revision=self.settings.revision or None,
             variant=self.settings.variant or None,
+            **self._loaded(),
         )
         if self.settings.teacher_lora:
             self.teacher_lora = merge_lora_files(pipe, self.settings.teacher_lora)
         return family_of(pipe, **self.options)
+
+    def _loaded(self) -> dict[str, Any]:
+        """The network, where it is not loaded as it lies in its files."""
+        settings, folder = self.settings, self.folder
+        if self.is_plain:
+            return {}
+        if not self.is_local:
+            folder = fetch(self.config.teacher, settings.revision or None, ["transformer/*"])
+        network = load_network(
+            folder / "transformer",
+            network_class(self.index["_class_name"]),
+            Family.blocks,
+            base=settings.base,
+            dtype=getattr(torch, settings.dtype),
+            device=self.device,
+            variant=settings.variant,
+        )
+        return {"transformer": network}
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -181,7 +233,7 @@ class PipelineTask(Task):
 
     def preview(self, distiller: Distiller, path: Path) -> None:
         captions, cond = self._grid(IMAGES)
-        latents = distiller.generate(self._noise(len(captions), SEED), cond)
+        latents = distiller.generate(self.noise(len(captions), SEED), cond)
         name = f"student after {distiller.num_updates['student']} updates"
         image_rows({name: self._decoded(latents)}, path, captions=captions)
 
@@ -222,7 +274,7 @@ class PipelineTask(Task):
     def draw_pictures(self, run: RunFolder) -> list[Path]:
         self._load_student(run)
         captions, cond = self._grid(IMAGES)
-        noise = self._noise(len(captions), SEED)
+        noise = self.noise(len(captions), SEED)
         images = {
             name: self._decoded(self._latents(name, cond, noise, schedule))
             for name, schedule in self._samplers().items()
@@ -238,12 +290,15 @@ class PipelineTask(Task):
         if prompts:
             captions = [prompts[i % len(prompts)] for i in range(max(num, len(prompts)))]
             cond = self.text.encode(captions)
-        noise, steps = self._noise(len(captions), seed), self.config.distill.student_steps
+        noise, steps = self.noise(len(captions), seed), self.config.distill.student_steps
         name = f"student, {steps} step{'s' * (steps != 1)}, seed {seed}"
         rows = {name: self._decoded(self._latents("student", cond, noise, self.schedule()))}
         write_samples(rows[name], path, partial(image_rows, rows, path, captions=captions))
 
     def export(self, run: RunFolder, out: Path) -> Path:
+        if not self.is_plain:  # the student goes into the weights as they lie in their files
+            plain = replace(self.settings, base="bf16", base_memory=0.0)
+            return type(self)(replace(self.config, pipeline=plain)).export(run, out)
         self._load_student(run)
         pipe = self.family.pipe
         network = self._backbone.student_network().to("cpu")
@@ -256,7 +311,7 @@ class PipelineTask(Task):
     @cached_property
     def _backbone(self) -> SharedBackbone:
         settings, seed = self.settings, self.config.distill.seed
-        return backbone_of(
+        backbone = backbone_of(
             self.family,
             rank=settings.rank,
             alpha=settings.alpha,
@@ -264,6 +319,10 @@ class PipelineTask(Task):
             activation=self.config.train.activation,
             generator=Generator().manual_seed(seed),
         )
+        if self.plan is not None:
+            backbone.adapters.to(self.device)
+            backbone.swap = BlockSwap(backbone.network, self.plan, self.device)
+        return backbone
 
     @property
     def _any_cond(self) -> Cond:
@@ -300,14 +359,14 @@ class PipelineTask(Task):
         captions = self.prompts[:num]
         return captions, self.text.encode(captions)
 
-    def _noise(self, num: int, seed: int) -> Tensor:
+    def noise(self, num: int, seed: int) -> Tensor:
         """Standard normal ``[num, *S]``, the same on every device."""
         generator = Generator().manual_seed(seed)
         return torch.randn(num, *self.shape, generator=generator).to(self.device)
 
     def _batches(self, num: int):
         """Conditions of the run's first updates and noise, ``num`` samples in all."""
-        for n, rows in enumerate(self._noise(num, SEED).split(self.config.train.batch_size)):
+        for n, rows in enumerate(self.noise(num, SEED).split(self.config.train.batch_size)):
             cond = self.text.next_cond(n)
             yield {name: leaf[: len(rows)] for name, leaf in cond.items()}, rows
 

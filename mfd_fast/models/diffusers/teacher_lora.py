@@ -1,7 +1,7 @@
 """A teacher that is network + LoRA: what diffusers' own loader made of any file becomes weights.
 
 The loader knows every family's conventions; what it put into the model through PEFT is read from
-there, taken out, and added to the weights.
+there, taken out, and added to the weights, or kept beside those that are quantised.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mfd_fast.backbones.quantized import FrozenLinear
 from mfd_fast.models.sana.lora_files import Lora, merge_lora
 
 
@@ -27,7 +28,15 @@ def merge_teacher_lora(pipe: Any, files: str | Mapping[str, float] | None) -> Lo
     lora = _of_peft(pipe.transformer)
     if lora is not None:
         pipe.transformer.unload_lora()
-        merge_lora(pipe.transformer, lora)
+        frozen = {
+            name: layer
+            for name, layer in pipe.transformer.named_modules()
+            if isinstance(layer, FrozenLinear) and name in lora.factors
+        }
+        for name, layer in frozen.items():
+            layer.add_lora(*lora.factors[name])
+        rest = {name: pair for name, pair in lora.factors.items() if name not in frozen}
+        merge_lora(pipe.transformer, Lora(rest))
     return lora
 
 

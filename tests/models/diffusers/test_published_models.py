@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfd_fast import cli
 from mfd_fast.cost.cycle import trace_cycle
-from mfd_fast.cost.estimate import cycle_of, memory_of
+from mfd_fast.cost.plans import cycle_of, memory_of
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers import shapes
