@@ -35,6 +35,8 @@ CHANGES_ROUNDING = (
     "train.float8",
     "train.activation",
     "train.shard",
+    "pipeline.compile",
+    "pipeline.attention",
     "sana.encode_ahead",
     "sana.text_length",
     "sana.text_multiple",

@@ -141,7 +141,7 @@ class _Session:
         if self.ranks.is_main:
             backbone = self.distiller.backbone
             rows = {"device": device_of(backbone.device, self.ranks.world)}
-            rows |= plan_of(self.config, run.path, backbone.device) | self.found
+            rows |= plan_of(self.config, run.path, backbone.device) | self.found | self.task.used
             rows |= {"trained": trained_of(backbone)}
             rows |= {"float8": self.float8} if self.float8 else {}
             show(rows, f"distilling {self.config.preset}")
