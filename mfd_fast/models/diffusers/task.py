@@ -120,11 +120,14 @@ class PipelineTask(Task):
     def backbone(self) -> SharedBackbone:
         probe(self.family, self._any_cond)
         _ = self.sampler  # asked of the pipeline while all of it is on the CPU
-        transformer = self.family.pipe.transformer.to(self.device)
-        self.used["attention"] = use_attention(transformer, self.settings.attention)
+        transformer = self.family.pipe.transformer
+        attention = use_attention(transformer, self.settings.attention, device=self.device)
+        self.used["attention"] = attention
         if self.settings.compile:
             check_compiler(self.device)
             self.used["compile"] = "each kind of block once, in its first calls"
+        if self.config.train.shard == "none":  # else a card need not hold the whole network
+            transformer.to(self.device)
         return self._backbone
 
     def schedule(self) -> Schedule:
