@@ -50,7 +50,7 @@ class ActivationPolicy:
         self.blocks = blocks
 
     def remove(self) -> None:
-        """Undo; nothing happens the second time."""
+        """Undo, compiled forwards too; nothing happens the second time."""
         for block in self.blocks.values():
             del block.forward
         self.blocks = {}
@@ -62,6 +62,7 @@ def apply_activation_policy(
     blocks: Patterns,
     *,
     recompute_context: Callable[[], AbstractContextManager] = nullcontext,
+    compiled: Callable[[dict[str, nn.Module]], dict[str, Callable]] | None = None,
 ) -> ActivationPolicy:
     """Let the blocks of a network keep less in forwards with gradient; others are untouched.
 
@@ -71,20 +72,22 @@ def apply_activation_policy(
             expression (``networks.find_modules``).
         recompute_context: called in the forward; entered for the recomputation.  Restores what the
             blocks depend on besides their arguments (``AdapterBank.resumed``).
+        compiled: blocks by name -> their compiled forwards (``compiled.compile_blocks``).  A
+            compiler keeps what ``"cheap"`` keeps and computes pointwise work again by itself.
 
     No random numbers may be drawn inside a block: recomputation does not restore their state.
     ``ValueError``: unknown policy, no block found, blocks inside each other or treated already.
     """
     if policy not in POLICIES:
         raise ValueError(f"the activation policy must be one of {list(POLICIES)}, got {policy!r}")
-    if policy == "none":
+    if policy == "none" and compiled is None:
         return ActivationPolicy({})
     found, unmatched = find_modules(network, blocks)
     if unmatched or not found:
         there = [name for name, module in network.named_modules() if _is_list(module)]
         raise ValueError(
-            f"activation policy {policy!r}: blocks {unmatched} match nothing; the network's lists "
-            f"of modules are {there}"
+            f"activation policy {policy!r}{', compiled' * (compiled is not None)}: blocks "
+            f"{unmatched} match nothing; the network's lists of modules are {there}"
         )
     for name, block in found.items():
         outer = [other for other in found if name.startswith(f"{other}.")]
@@ -92,10 +95,14 @@ def apply_activation_policy(
             raise ValueError(f"block {name} lies inside block {outer[0]}; name only one of them")
         if "forward" in vars(block):
             raise ValueError(f"the forward of block {name} is replaced already; remove that first")
-    make_contexts = {"cheap": _cheap_contexts, "block": _block_contexts}[policy]
-    for block in found.values():
-        contexts = partial(make_contexts, recompute_context)
-        block.forward = partial(_forward, block.forward, contexts)
+    make_contexts = {"cheap": _cheap_contexts, "block": _block_contexts}.get(policy)
+    if compiled is not None and policy == "cheap":
+        make_contexts = None
+    forwards = {name: block.forward for name, block in found.items()}
+    for name, forward in (forwards if compiled is None else compiled(found)).items():
+        if make_contexts is not None:
+            forward = partial(_forward, forward, partial(make_contexts, recompute_context))
+        found[name].forward = forward
     return ActivationPolicy(found)
 
 

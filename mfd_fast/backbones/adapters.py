@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mfd_fast.backbones.lora import Adapter, Target, add_to_lanes, add_to_rows
+from mfd_fast.backbones.lora import Adapter, Given, Target
 from mfd_fast.backbones.networks import Patterns, find_modules
 from mfd_fast.files.compare import differences, some
 
@@ -108,8 +108,10 @@ class AdapterBank(nn.Module):
         for name in names:
             adapter = self._add(name, rank, alpha, is_trained=True)
             adapter.initialise(generator)
-        for index, target in enumerate(self.targets):
-            hook = partial(self._after_target, index)
+        self._index_of = {target.module: index for index, target in enumerate(self.targets)}
+        self._repeats: dict[int, int] = {}  # rows of a target's input in place of one
+        hook = self._after_target  # one object for all: compiled blocks are told apart by it
+        for target in self.targets:
             target.module.register_forward_hook(hook, with_kwargs=True)
         self.register_load_state_dict_post_hook(_refresh_all)
         if hasattr(network, "use_adapters"):  # a network that adds packed adapters by itself
@@ -173,6 +175,10 @@ class AdapterBank(nn.Module):
         """A network that adds these targets' adapters by itself says so, as their hooks do."""
         if uncalled := self._uncalled[torch.is_grad_enabled()]:
             uncalled.difference_update(range(first, first + count))
+
+    def has_uncalled(self) -> bool:
+        """Whether a target was not called yet, with gradient or without, as it is now."""
+        return bool(self._uncalled[torch.is_grad_enabled()])
 
     def check_called(self) -> None:
         """After a forward; ``ValueError`` names targets that it went around, at the first one
@@ -323,25 +329,35 @@ class AdapterBank(nn.Module):
             return None
         return call if call.with_grad else self._with_grad(call)
 
-    def _after_target(self, index: int, module: nn.Module, args: tuple, kwargs: dict, y: Tensor):
-        """Forward hook of a target: y plus the adapters of every lane."""
+    def given(self, index: int) -> Given | None:
+        """What target ``index`` adds in the call in force; None outside :meth:`lanes`."""
         call = self.call_in_force()
         if call is None:
-            return y
-        self.mark_called(index)
-        target = self.targets[index]
-        if call.with_grad and not torch.is_grad_enabled():
-            call.without_grad = call.without_grad or target.name
+            return None
+        runs = tuple(
+            (*self._factors(name)[index], self.adapters[name].scale, lanes)
+            for name, lanes in call.runs
+        )
+        return Given(self.targets[index], runs, call.num_lanes, self._repeats.get(index, 1))
+
+    def _after_target(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor):
+        """Forward hook of a target: y plus the adapters of every lane."""
         x = args[0] if args else kwargs["input"]
-        for name, lanes in call.runs:
-            a, b = self._factors(name)[index]
-            scale = self.adapters[name].scale
-            if lanes is None:
-                y = add_to_rows(target, x, y, a, b, scale)
-            else:
-                n, repeat = _split_rows(target, len(x), call)
-                y = add_to_lanes(target, x, y, a, b, scale, lanes, (n, call.num_lanes, repeat))
-        return y
+        given = getattr(module, "given_adapters", None)
+        if given is None:  # else its block was told before, and runs compiled (compiled.py)
+            given = self._seen(self._index_of[module], len(x))
+        return y if given is None else given.add(x, y)
+
+    def _seen(self, index: int, length: int) -> Given | None:
+        """The same of a target that is called with ``length`` rows."""
+        call = self.call_in_force()
+        if call is not None:
+            self.mark_called(index)
+            target = self.targets[index]
+            if call.with_grad and not torch.is_grad_enabled():
+                call.without_grad = call.without_grad or target.name
+            self._repeats[index] = target.repeat(length, call.rows, call.num_lanes)
+        return self.given(index)
 
     def _peft_views(self, name: str, prefix: str) -> dict[str, Tensor]:
         adapter = self._adapter(name)
@@ -367,17 +383,6 @@ def _targets_of(network: nn.Module, patterns: Patterns) -> list[Target]:
             f"{sorted(f'{dtype} on {device}' for dtype, device in kinds)}"
         )
     return targets
-
-
-def _split_rows(target: Target, length: int, call: _Call) -> tuple[int, int]:
-    """(n, repeat) of an input of ``length`` = n * L * repeat rows."""
-    rows = length if call.rows is None else call.rows
-    if rows % call.num_lanes or length % rows:
-        raise ValueError(
-            f"{target.name} got {length} rows; with {call.num_lanes} lanes it must get n * "
-            f"{call.num_lanes}{'' if call.rows is None else f' = {rows}, or a multiple'}"
-        )
-    return rows // call.num_lanes, length // rows
 
 
 def _refresh_all(bank: AdapterBank, _: Any) -> None:

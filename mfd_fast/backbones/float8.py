@@ -125,13 +125,17 @@ def use_float8(
 
     To be called when the network is where it will run, and again if its frozen weights change.
     ``ValueError`` for a backbone of full copies, whose weights are trained, and for a device or
-    dtype without such matmuls.
+    dtype without such matmuls, or with blocks that are compiled.
     """
     if not isinstance(backbone, SharedBackbone):
         raise ValueError(
             "float8 keeps copies of frozen weights, so it needs a SharedBackbone (adapters on one "
             f"network); got {type(backbone).__name__}, whose weights are trained: distil adapters, "
             f"{TURN_OFF}"
+        )
+    if backbone.compiler is not None:
+        raise ValueError(
+            f"float8 does not go together with compiled blocks: leave out --compile, {TURN_OFF}"
         )
     check_device(backbone.device, next(backbone.network.parameters()).dtype)
     backbone.float8 = Float8Products(backbone.network, min_side=min_side, min_outputs=min_outputs)

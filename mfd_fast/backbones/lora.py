@@ -6,7 +6,7 @@ the rows concerned.  With gradients the same two matmuls, out of place.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,16 @@ class Target:
                 "adapter apart (adapter_state_dict)"
             )
         return weight
+
+    def repeat(self, length: int, rows: int | None, num_lanes: int) -> int:
+        """repeat of an input of ``length`` = n * L * repeat rows; ``rows``: n * L, if known."""
+        known = length if rows is None else rows
+        if known % num_lanes or length % known:
+            raise ValueError(
+                f"{self.name} got {length} rows; with {num_lanes} lanes it must get n * "
+                f"{num_lanes}{'' if rows is None else f' = {rows}, or a multiple'}"
+            )
+        return length // known
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -157,6 +167,28 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         self.factors = self._views()
         return self
+
+
+class Given(NamedTuple):
+    """What a target adds in one call: (A, B, scale, lanes or None for all) of every adapter; its
+    input has n * num_lanes * repeat rows.
+    """
+
+    target: Target
+    runs: tuple[tuple[Tensor, Tensor, float, tuple[int, ...] | None], ...]
+    num_lanes: int
+    repeat: int
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, the target's result of x, plus the adapters."""
+        for a, b, scale, lanes in self.runs:
+            if lanes is None:
+                y = add_to_rows(self.target, x, y, a, b, scale)
+            else:
+                n = len(x) // (self.num_lanes * self.repeat)
+                split = (n, self.num_lanes, self.repeat)
+                y = add_to_lanes(self.target, x, y, a, b, scale, lanes, split)
+        return y
 
 
 def add_to_rows(target: Target, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ the lanes that use them.
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mfd_fast.backbones.activation import apply_activation_policy
 from mfd_fast.backbones.adapters import AdapterBank, LaneAdapters
+from mfd_fast.backbones.compiled import compile_blocks
 from mfd_fast.backbones.lanes import ROLES, Lane, NetworkPrepared, Prepared, batch_size, check_lanes
 from mfd_fast.backbones.networks import Patterns, first_floating, plain_name, velocity_of
 
@@ -37,6 +39,8 @@ class SharedBackbone(nn.Module):
         activation: what the forward with gradient keeps, ``"none"``, ``"cheap"`` or ``"block"``
             (``activation.apply_activation_policy``); the last two need ``blocks``.
         blocks: the repeated blocks of the network, by name.
+        compiler: a backend of torch.compile, ``"inductor"``: each kind of ``blocks`` is compiled
+            once for all of its kind (``compiled.compile_blocks``).
 
     ``ValueError`` if the bank belongs to another network or lacks an adapter.
     """
@@ -52,6 +56,7 @@ class SharedBackbone(nn.Module):
         teacher_adapter: str | None = None,
         activation: str = "none",
         blocks: Patterns = (),
+        compiler: str | Callable | None = None,
     ):
         super().__init__()
         adapters = AdapterBank(network) if adapters is None else adapters
@@ -66,8 +71,13 @@ class SharedBackbone(nn.Module):
         first = first_floating(network)
         self.dtype = first.dtype if dtype is None else dtype
         self.float8: AbstractContextManager | None = None  # float8.use_float8
+        self.compiler = compiler
         self.activation = apply_activation_policy(
-            network, activation, blocks, recompute_context=adapters.resumed
+            network,
+            activation,
+            blocks,
+            recompute_context=adapters.resumed,
+            compiled=None if compiler is None else partial(compile_blocks, adapters, compiler),
         )
 
     @property
@@ -118,7 +128,8 @@ class SharedBackbone(nn.Module):
         """A copy of the network, in eval mode, with the student's adapters merged into its weights
         and no trace of the bank.
         """
-        network, bank = copy.deepcopy((self.network, self.adapters))
+        network, bank, activation = copy.deepcopy((self.network, self.adapters, self.activation))
+        activation.remove()
         for name in self.adapters_of["student"]:
             bank.merge(name, for_good=True)
         _remove_hooks(bank)
@@ -144,9 +155,7 @@ def _remove_hooks(bank: AdapterBank) -> None:
     """Let the bank's network forget it."""
     for module in (target.module for target in bank.targets):
         hooks = module._forward_hooks
-        for key in [
-            k for k, hook in hooks.items() if getattr(hook, "func", 0) == bank._after_target
-        ]:
+        for key in [k for k, hook in hooks.items() if hook == bank._after_target]:
             del hooks[key], module._forward_hooks_with_kwargs[key]
 
 

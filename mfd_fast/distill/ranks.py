@@ -7,8 +7,9 @@ table is sorted by length: every rank gets trajectories of about the same number
 
     replicas   every rank holds the model; the gradients of a role are views of one flat buffer,
                which one all-reduce adds up before the optimizer's step
-    fsdp       full copies too large for one device: ``fully_shard`` spreads parameters, gradients
-               and optimizer state; it averages the gradients itself
+    fsdp       networks too large for one device.  Full copies: ``fully_shard`` spreads parameters,
+               gradients and optimizer state; it averages the gradients itself.  A shared frozen
+               network: its parameters alone are spread, the adapters are replicas
 """
 
 import os
@@ -33,7 +34,7 @@ class Ranks:
 
     rank, world: this process and how many there are.
     control: gloo group for host values, which never waits for a device; None: the default group.
-    is_sharded: the model is spread over the ranks (fsdp), not repeated on each.
+    is_sharded: networks are spread over the ranks (fsdp), which then evaluate together.
     """
 
     rank: int = 0
@@ -148,8 +149,8 @@ class Ranks:
 
     def align(self, tensors: list[Tensor]) -> None:
         """Give every replica rank 0's weights and buffers; a collective call."""
-        if self.world > 1 and not self.is_sharded:
-            for tensor in tensors:
+        for tensor in tensors if self.world > 1 else ():
+            if not is_sharded(tensor):
                 dist.broadcast(tensor.data, 0)
 
 
@@ -178,8 +179,9 @@ def ranks_of(backbone: Backbone) -> Ranks:
             f"on {device}: call init_process_group with gloo for a CPU and nccl for GPUs, or move "
             "the network first"
         )
-    trained = [p for role in ROLES for p in backbone.parameters_of(role)]
-    return Ranks(rank, world, is_sharded=world > 1 and any(map(is_sharded, trained)))
+    weights = [p for role in ROLES for p in backbone.parameters_of(role)]
+    weights += backbone.parameters() if isinstance(backbone, nn.Module) else []
+    return Ranks(rank, world, is_sharded=world > 1 and any(map(is_sharded, weights)))
 
 
 class FlatGradients:

@@ -25,7 +25,15 @@ from mfd_fast.distill.optim import (
     unwrapped,
 )
 from mfd_fast.distill.phases import no_phase
-from mfd_fast.distill.ranks import FlatGradients, Ranks, local, placed_like, placed_state, ranks_of
+from mfd_fast.distill.ranks import (
+    FlatGradients,
+    Ranks,
+    is_sharded,
+    local,
+    placed_like,
+    placed_state,
+    ranks_of,
+)
 
 TRAINED = ("aux", "student")
 
@@ -49,7 +57,8 @@ class Trained:
     ):
         self.parameters, self.optimizer, self.sets_lr = parameters, optimizer, sets_lr
         self.config = config.optim_of(role)
-        has_replicas = ranks.world > 1 and not ranks.is_sharded  # whose gradients are added up
+        # Whose gradients are added up here; those of shards are by fsdp.
+        has_replicas = ranks.world > 1 and not any(map(is_sharded, parameters))
         self.gradients = FlatGradients(parameters) if has_replicas else None
         self.weight = 1.0 / config.micro_batches / (ranks.world if has_replicas else 1)
         self.loss_scale = LossScale(config.loss_scale, device) if config.loss_scale > 0 else None

@@ -67,6 +67,7 @@ class Checkpointer:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._host: dict[str, Tensor] = {}
+        self._num_files = 1
         self.continues(resumed)
 
     def continues(self, counts: Counts | None) -> None:
@@ -90,6 +91,7 @@ class Checkpointer:
             return
         self._requested = counts
         packed = pack({"header": self.header, **state, "rng": self._random_states()})
+        self._num_files = self.ranks.world if packed.pieces else 1
         mine = packed.whole | packed.pieces if self.ranks.is_main else packed.pieces
         if not mine:
             return
@@ -165,8 +167,7 @@ class Checkpointer:
     def _write_main(
         self, temporary: Path, counts: Counts, tree: Any, tensors: dict[str, Tensor]
     ) -> None:
-        files = self.ranks.world if self.ranks.is_sharded else 1
-        names = [tensors_name(rank, files) for rank in range(files)]
+        names = [tensors_name(rank, self._num_files) for rank in range(self._num_files)]
         entries = {names[0]: write_tensors(temporary / names[0], tensors)}
         entries[STATE] = write_bytes(temporary / STATE, json.dumps(tree).encode())
         entries |= {name: _entry_of(temporary / name) for name in names[1:]}

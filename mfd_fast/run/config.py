@@ -73,7 +73,9 @@ class TrainConfig(Settings):
     max_skipped_in_a_row: Count = 20
     """Stop when this many updates of a role in a row had a gradient that is not finite."""
     shard: Literal["none", "fsdp"] = "none"
-    """Under torchrun: a whole model on every rank, or full copies spread over the ranks."""
+    """Under torchrun: a whole model on every rank, or networks spread over the ranks: full copies,
+    or the frozen one that adapters share.
+    """
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mfd_fast.backbones.lanes import ROLES, Backbone, CopiedBackbone
+from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.ranks import Ranks, is_launched
 
 
@@ -57,28 +58,40 @@ def num_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def shard_copies(backbone: Backbone) -> None:
-    """Spread the three networks of a ``CopiedBackbone`` over the ranks (FSDP2).
+def shard_networks(backbone: Backbone, device: torch.device) -> None:
+    """Spread the networks of a backbone over the ranks (FSDP2), and put the rest on the device.
 
-    Every element of an ``nn.ModuleList`` is gathered and freed on its own; the rest of a network is
-    one more group.  ``ValueError`` for a backbone that shares a network: adapters are small.
+    Of a ``CopiedBackbone`` all three, with what is trained; of a ``SharedBackbone`` the frozen one,
+    whose adapters every rank has whole.  Every element of an outermost ``nn.ModuleList`` is
+    gathered and freed on its own, so a rank never needs the device to hold a whole network; the
+    rest of a network is one more group.  ``ValueError`` for another backbone, and with compiled
+    blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to load
     from torch.distributed.fsdp import fully_shard
 
-    if not isinstance(backbone, CopiedBackbone):
+    if isinstance(backbone, CopiedBackbone):
+        networks = [getattr(backbone, role) for role in ROLES]
+    elif isinstance(backbone, SharedBackbone) and backbone.compiler is None:
+        networks = [backbone.network]
+    else:
+        kind = type(backbone).__name__
+        compiled = " with compiled blocks (leave compile off)" * (kind == "SharedBackbone")
         raise ValueError(
-            "train.shard fsdp needs full copies of the network (CopiedBackbone); this backbone is "
-            f"a {type(backbone).__name__}: use train.shard none"
+            "train.shard fsdp spreads the networks of a CopiedBackbone or a SharedBackbone; this "
+            f"backbone is a {kind}{compiled}: or use train.shard none"
         )
-    mesh = init_device_mesh(backbone.device.type, (dist.get_world_size(),))
-    for role in ROLES:
-        network = getattr(backbone, role)
-        for module in list(network.modules()):
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for network in networks:
+        for block in _blocks(network):
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=len(networks) == 1 or None)
+    backbone.to(device)
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    for module in network.children():
+        yield from module if isinstance(module, nn.ModuleList) else _blocks(module)
 
 
 class Vote:

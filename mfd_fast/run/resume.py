@@ -17,7 +17,7 @@ from mfd_fast.backbones.lanes import Backbone
 from mfd_fast.distill.config import DistillConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.distill.optim import make_optimizer, set_lr
-from mfd_fast.distill.ranks import Ranks, local
+from mfd_fast.distill.ranks import Ranks, is_sharded, local
 from mfd_fast.distill.trained import TRAINED
 from mfd_fast.run.checkpoint import (
     Counts,
@@ -37,6 +37,8 @@ CHANGES_ROUNDING = (
     "train.float8",
     "train.activation",
     "train.shard",
+    "pipeline.compile",
+    "pipeline.attention",
     "sana.encode_ahead",
     "sana.text_length",
     "sana.text_multiple",
@@ -101,9 +103,12 @@ def fingerprint(backbone: Backbone, ranks: Ranks) -> dict[str, Any]:
     """
     trained = {role: [list(p.shape) for p in backbone.parameters_of(role)] for role in TRAINED}
     frozen = list(_frozen(backbone))
-    sums = [_bit_sum(x) for x in local([parameter for _, parameter in frozen])]
+    parameters = [parameter for _, parameter in frozen]
+    sums = [_bit_sum(x) for x in local(parameters)]
     total = torch.stack([x.cpu() for x in sums]) if sums else torch.zeros(0, dtype=torch.int64)
-    if ranks.is_sharded:
+    if ranks.is_sharded:  # what every rank has whole is rank 0's to add
+        is_mine = [ranks.is_main or is_sharded(parameter) for parameter in parameters]
+        total = total * torch.tensor(is_mine, dtype=torch.int64)
         total = torch.stack(ranks.gather(total)).sum(0)
     names = [f"{name} {list(parameter.shape)} {parameter.dtype}" for name, parameter in frozen]
     return {"trained": trained, "frozen": dict(zip(names, total.tolist(), strict=True))}

@@ -18,12 +18,12 @@ from mfd_fast.distill.ranks import Ranks
 from mfd_fast.files.whole import clean, staged
 from mfd_fast.run.checkpoint import Counts, read
 from mfd_fast.run.checkpoint_writer import Checkpointer
-from mfd_fast.run.config import RunConfig, to_dict, with_absolute_paths
+from mfd_fast.run.config import RunConfig, to_dict, with_absolute_paths, with_settings
 from mfd_fast.run.console import BAR, device_of, plan_of, show, trained_of
 from mfd_fast.run.environment import environment, peak_memory, peak_memory_counts
 from mfd_fast.run.float8_error import float8_summary
 from mfd_fast.run.folder import CHECKPOINTS, RESULTS, STUDENT, RunFolder
-from mfd_fast.run.launch import launched_ranks, num_restarts, shard_copies
+from mfd_fast.run.launch import launched_ranks, num_restarts, shard_networks
 from mfd_fast.run.loop import Progress, train
 from mfd_fast.run.maker import make_distiller
 from mfd_fast.run.resume import (
@@ -141,7 +141,7 @@ class _Session:
         if self.ranks.is_main:
             backbone = self.distiller.backbone
             rows = {"device": device_of(backbone.device, self.ranks.world)}
-            rows |= plan_of(self.config, run.path, backbone.device) | self.found
+            rows |= plan_of(self.config, run.path, backbone.device) | self.found | self.task.used
             rows |= {"trained": trained_of(backbone)}
             rows |= {"float8": self.float8} if self.float8 else {}
             show(rows, f"distilling {self.config.preset}")
@@ -216,7 +216,7 @@ class _Session:
     def _evaluate(self) -> None:
         run, task, distiller = self.run, self.task, self.distiller
         if self.ranks.is_sharded:  # whole weights again, in this process alone, of a whole teacher
-            self.task = task = self.config.task()
+            self.task = task = with_settings(self.config, {"train.shard": "none"}).task()
             distiller = distiller_of(task, self.config, Ranks())
             distiller.load_state_dict(read(self.checkpointer.last_written)["distiller"])
         run.flush()
@@ -280,7 +280,7 @@ def distiller_of(task: Task, config: RunConfig, ranks: Ranks) -> Distiller:
     if config.train.float8:
         use_float8(backbone)
     if ranks.is_sharded:
-        shard_copies(backbone)
+        shard_networks(backbone, task.device)
     return make_distiller(
         backbone,
         config.distill,

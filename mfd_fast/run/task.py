@@ -56,6 +56,7 @@ class Task:
     def __init__(self, config: RunConfig):
         check_samples(config)
         self.config = config
+        self.used: dict[str, str] = {}  # by the backbone, for the table of a run's start
         self.device = pick_device(config.train.device)
 
     def backbone(self) -> Backbone:

@@ -12,13 +12,13 @@ import torch
 from rank_worker import UPDATES, own_loop, steps, weights
 from recorded_graph import RecordedGraph
 from safetensors.torch import load_file
-from small_runs import assert_same, make_backbone, make_distiller, run
+from small_runs import assert_same, make_backbone, make_distiller, make_shared, run
 
 from mfd_fast import CapturedDistiller, DistillConfig, Distiller
 from mfd_fast.distill.ranks import FlatGradients, Ranks, ranks_of
 from mfd_fast.flow.solvers import plan
 from mfd_fast.run.checkpoint import checkpoints_in, read
-from mfd_fast.run.launch import shard_copies
+from mfd_fast.run.launch import shard_networks
 from mfd_fast.testing.numerics import assert_as_accurate
 
 TESTS = Path(__file__).parents[1] / "support"
@@ -79,14 +79,26 @@ def test_ranks_give_the_updates_of_one_process(ranks, case, request):
         assert_as_accurate(result[name], eager[name], exact[name].double())
 
 
-def test_shards_give_the_run_of_one_process_and_their_checkpoint_loads_in_one(two_ranks, tmp_path):
-    """fsdp on two ranks: stopped, continued on shards, read here and continued here."""
-    first, second = checkpoints_in(two_ranks / "sharded")
-    assert len(list(first.glob("tensors-*-of-00002.safetensors"))) == 2
+@pytest.mark.parametrize(
+    ("case", "make", "files"), [("sharded", make_backbone, 2), ("shared", make_shared, 1)]
+)
+def test_shards_give_the_run_of_one_process_and_their_checkpoint_loads_in_one(
+    two_ranks, tmp_path, case, make, files
+):
+    """fsdp on two ranks: stopped, continued on shards, read here and continued here.  Of a shared
+    network only the frozen weights are shards: the checkpoint is that of replicas.
+    """
+    first, second = checkpoints_in(two_ranks / case)
+    assert len(list(first.glob(f"tensors-*-of-0000{files}.safetensors"))) == files
     for path, updates in ((first, UPDATES), (second, UPDATES + 1)):
         state = read(path)["distiller"]
         eager, exact = (
-            run(tmp_path / f"{dtype}-{updates}", updates=updates, student_steps=2, dtype=dtype)[0]
+            run(
+                tmp_path / f"{dtype}-{updates}",
+                updates=updates,
+                student_steps=2,
+                backbone=make(dtype),
+            )[0]
             for dtype in (torch.float32, torch.float64)
         )
         eager, exact = eager.state_dict(), exact.state_dict()
@@ -96,7 +108,8 @@ def test_shards_give_the_run_of_one_process_and_their_checkpoint_loads_in_one(tw
             assert_as_accurate(got, one, true.double())
         for got, one, true in zip(*(moments(s) for s in (state, eager, exact)), strict=True):
             assert_as_accurate(got, one, true.double())
-    continued, _ = run(two_ranks / "sharded", updates=UPDATES + 2, resumed=True, student_steps=2)
+    options = {"resumed": True, "student_steps": 2, "backbone": make()}
+    continued, _ = run(two_ranks / case, updates=UPDATES + 2, **options)
     assert continued.num_updates["student"] == UPDATES + 2
 
 
@@ -224,8 +237,8 @@ def test_processes_that_would_train_apart_are_refused(backend, message, monkeypa
 def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"a multiple of 3 ranks x distill.micro_batches=2, got 9"):
         Ranks(0, 3).check_batch(9, 2)
-    with pytest.raises(ValueError, match="fsdp needs full copies of the network"):
-        shard_copies(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"fsdp spreads the networks of .* is a Linear: or use"):
+        shard_networks(torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
 def test_a_sharded_run_ends_with_its_table_and_pictures(tmp_path):

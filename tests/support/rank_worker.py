@@ -11,14 +11,15 @@ import pytest
 import small_runs
 import torch
 from safetensors.torch import save_file
-from small_runs import make_backbone, make_distiller, next_cond, run
+from small_runs import make_backbone, make_distiller, make_shared, next_cond, run
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mfd_fast.distill.distiller import Distiller
-from mfd_fast.distill.ranks import ranks_of
+from mfd_fast.distill.ranks import Ranks, ranks_of
 from mfd_fast.distill.trained import TRAINED
 from mfd_fast.run.checkpoint import checkpoints_in
-from mfd_fast.run.launch import Vote, launched_ranks, num_restarts, shard_copies
+from mfd_fast.run.launch import Vote, launched_ranks, num_restarts, shard_networks
+from mfd_fast.run.resume import fingerprint
 
 UPDATES, NUM_STEPS = 2, 6  # of the student; of both roles
 ELASTIC = {"updates": 4, "checkpoint_every": 1}  # a checkpoint adds up over ranks: to rounding
@@ -101,23 +102,10 @@ def host_values(ranks, folder):
 def sharded(ranks, folder):
     """Two student updates on shards, then one more from their checkpoint on other weights."""
     ranks = replace(ranks, is_sharded=True)
-    for updates in (UPDATES, UPDATES + 1):
-        backbone = make_backbone()
-        if updates > UPDATES:
-            torch._foreach_zero_([p.data for role in TRAINED for p in backbone.parameters_of(role)])
-        shard_copies(backbone)
-        held = sum(p.to_local().numel() for p in backbone.parameters_of("student"))
-        assert held < 0.7 * sum(p.numel() for p in backbone.parameters_of("student"))
-        distiller, _ = run(
-            folder,
-            updates=updates,
-            resumed=updates > UPDATES,
-            ranks=ranks,
-            backbone=backbone,
-            student_steps=2,
-        )
-    found = ranks_of(backbone)
-    assert found.is_sharded and found.world == ranks.world
+    distiller = on_shards(ranks, folder, make_backbone)
+    backbone = distiller.backbone
+    held = sum(p.to_local().numel() for p in backbone.parameters_of("student"))
+    assert held < 0.7 * sum(p.numel() for p in backbone.parameters_of("student"))
     with pytest.raises(ValueError, match=r"weights are spread over ranks: inside averaged_student"):
         distiller.student_network()
     with distiller.averaged_student():
@@ -128,12 +116,47 @@ def sharded(ranks, folder):
     assert all(torch.equal(a, b) for a, b in zip(whole.values(), averages, strict=True))
 
 
+def shared_base(ranks, folder):
+    """The same of adapters, which are whole on every rank, on a frozen network of shards."""
+    ranks = replace(ranks, is_sharded=True)
+    distiller = on_shards(ranks, folder, make_shared)
+    weights = list(distiller.backbone.network.parameters())
+    assert sum(p.to_local().numel() for p in weights) < 0.7 * sum(p.numel() for p in weights)
+    assert all(p.grad is None for p in weights)
+    for role in TRAINED:
+        (flat,) = distiller.backbone.parameters_of(role)
+        assert all(torch.equal(flat, other) for other in ranks.gather(flat.detach()))
+
+
+def on_shards(ranks, folder, make):
+    """The distiller of the second of two runs, the first one's checkpoint in it."""
+    for updates in (UPDATES, UPDATES + 1):
+        backbone = make()
+        before = fingerprint(backbone, Ranks())
+        if updates > UPDATES:
+            torch._foreach_zero_([p.data for role in TRAINED for p in backbone.parameters_of(role)])
+        shard_networks(backbone, torch.device("cpu"))
+        assert fingerprint(backbone, ranks) == before
+        distiller, _ = run(
+            folder,
+            updates=updates,
+            resumed=updates > UPDATES,
+            ranks=ranks,
+            backbone=backbone,
+            student_steps=2,
+        )
+    found = ranks_of(backbone)
+    assert found.is_sharded and found.world == ranks.world
+    return distiller
+
+
 def two_ranks(ranks, folder):
     """All that two ranks are asked, in one start."""
     host_values(ranks, folder)
     replicas(ranks, folder)
     library(ranks, folder)
     sharded(ranks, folder / "sharded")
+    shared_base(ranks, folder / "shared")
     run(folder / "elastic", **ELASTIC, ranks=ranks)
 
 

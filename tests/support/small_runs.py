@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_flatten
 
+from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.backbones.lanes import CopiedBackbone
+from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.distill.config import DistillConfig, OptimConfig
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.run.checkpoint import latest_good, read
@@ -41,6 +43,25 @@ def make_backbone(dtype=torch.float32, seed=1):
     torch.manual_seed(seed)
     networks = [CondNetwork().to(dtype) for _ in range(3)]
     return CopiedBackbone(*networks, sample_shape=(DIM,), null_cond=torch.zeros_like)
+
+
+def make_shared(dtype=torch.float32):
+    """Adapters that do something on one frozen network, one more of them the teacher's."""
+    torch.manual_seed(1)
+    network = CondNetwork().to(dtype)
+    bank = AdapterBank(network, rank=2, alpha=2.0, targets=("inner", "0", "1", "outer"))
+    bank.add_frozen("base", bank.adapter_state_dict("aux"), alpha=2.0, rank=2)
+    with torch.no_grad():
+        for adapter in bank.adapters.values():
+            adapter.master.copy_(0.3 * torch.randn(adapter.master.shape))
+            adapter.refresh()
+    return SharedBackbone(
+        network,
+        adapters=bank,
+        sample_shape=(DIM,),
+        null_cond=torch.zeros_like,
+        teacher_adapter="base",
+    )
 
 
 def make_distiller(ranks=None, dtype=torch.float32, backbone=None, make=Distiller, **overrides):

@@ -1,5 +1,6 @@
 """The three roles on a pipeline's own network, and the guided teacher's samples."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +23,24 @@ def backbone_of(
     alpha: float | None = None,
     targets: Patterns | None = None,
     activation: str = "none",
+    compiler: str | Callable | None = None,
     generator: Generator | None = None,
 ) -> SharedBackbone:
     """Teacher, auxiliary and student as adapters of the pipeline's network, which is frozen.
 
     Args: those of ``AdapterBank`` and ``SharedBackbone``; alpha is the rank and targets are the
-    family's if None.  ``ValueError`` for an activation policy that its blocks do not allow.
+    family's if None.  ``ValueError`` for an activation policy that its blocks do not allow, or for
+    blocks that cannot be compiled.
     """
     if activation not in family.activations:
         raise ValueError(
             f"train.activation must be {' or '.join(family.activations)} for "
             f"{type(family.pipe).__name__}, got {activation!r}"
+        )
+    if compiler is not None and family.why_uncompiled:
+        raise ValueError(
+            f"pipeline.compile must be off for {type(family.pipe).__name__}: "
+            f"{family.why_uncompiled}"
         )
     network = FamilyNetwork(family)
     bank = AdapterBank(
@@ -50,6 +58,7 @@ def backbone_of(
         dtype=family.pipe.transformer.dtype,
         activation=activation,
         blocks=family.blocks,
+        compiler=compiler,
     )
     family.set_modes(family.pipe.transformer)
     return backbone

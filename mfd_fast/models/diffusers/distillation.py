@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.backbones.compiled import BACKEND, check_compiler
 from mfd_fast.backbones.networks import Patterns
 from mfd_fast.backbones.quantized import check_format, quantize_network
 from mfd_fast.distill.config import DistillConfig
+from mfd_fast.models.diffusers.attention import use_attention
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.checkpoint import pipeline_around
 from mfd_fast.models.diffusers.family import Cond, family_of, named
@@ -52,6 +54,7 @@ class Distillation:
         config: DistillConfig | None = None,
         targets: Patterns | None = None,
         activation: str = "none",
+        compile: bool = False,
         capture: Capture = "auto",
     ):
         self.family = family_of(pipe, height=height, width=width, scale=guidance)
@@ -59,6 +62,9 @@ class Distillation:
             check_format(base)
             quantize_network(named(pipe.transformer), self.family.blocks, base)
         self.teacher_lora = merge_teacher_lora(pipe, teacher_lora)
+        self.attention = use_attention(pipe.transformer)
+        if compile:
+            check_compiler(self.family.device)
         config = DistillConfig() if config is None else config
         self.config = replace(config, guidance=self.family.guidance, student_steps=steps)
         self.backbone = backbone_of(
@@ -66,6 +72,7 @@ class Distillation:
             rank=rank,
             targets=targets,
             activation=activation,
+            compiler=BACKEND if compile else None,
             generator=torch.Generator().manual_seed(config.seed),
         )
         self.family.null_row = null
@@ -172,10 +179,12 @@ def distillation(
             are gone.
         config: the method's settings; guidance and student_steps are those given here.
         targets, activation: as ``backbone_of`` takes them.
+        compile: each kind of repeated block is compiled once for all of its kind.
         capture: as ``make_distiller`` takes it; families that read the device run eagerly.
 
     ``ValueError``: no flow model, no adapter for it, distilled already, a size that its latents
-    cannot have, or a diffusers that does not do what the adapter knows of it (``probe``).
+    cannot have, attention without a backward (``pipe.transformer.set_attention_backend``), nothing
+    to compile with, or a diffusers that does not do what the adapter knows of it (``probe``).
     """
     if isinstance(pipe, nn.Module):
         pipe = pipeline_around(pipe, scheduler, vae)

@@ -84,6 +84,8 @@ class Family:
     """Latent pixels of one token, along a side."""
     why_eager: ClassVar[str] = ""
     """Why updates cannot be CUDA graphs, if they cannot."""
+    why_uncompiled: ClassVar[str] = ""
+    """Why its blocks cannot be compiled, if they cannot."""
     activations: ClassVar[tuple[str, ...]] = POLICIES
     """Activation policies that its blocks allow."""
     text_length: ClassVar[int | None] = None

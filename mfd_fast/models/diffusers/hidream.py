@@ -24,6 +24,7 @@ class HiDream(Family):
     }
     activations: ClassVar = ("none", "block")  # experts of other sizes are no recomputation
     why_eager: ClassVar = "the experts' loads are read from the device"
+    why_uncompiled: ClassVar = why_eager
 
     def __init__(self, pipe: Any, **options: Any):
         super().__init__(pipe, **options)

@@ -50,6 +50,12 @@ class PipelineSettings(Settings):
     """LoRA alpha; the adapter's output is scaled by alpha / rank."""
     targets: str = ""
     """Linear layers that get an adapter, by the end of their names; empty: the family's."""
+    compile: bool = False
+    """Compile each kind of repeated block once for all of its kind, by torch.compile."""
+    attention: str = ""
+    """Attention backend of diffusers (native, flash, _flash_3, _native_cudnn, ...); empty: as
+    DIFFUSERS_ATTN_BACKEND says, or PyTorch's own.
+    """
     teacher_lora: str = ""
     """LoRA files of this pipeline, FILE or FILE:WEIGHT with commas between: the teacher is the
     checkpoint with them, for all three roles.
@@ -70,6 +76,7 @@ class PipelineRun(RunConfig):
         "--skip-bad": "--pipeline.skip-bad",
         "--resolution": "--pipeline.resolution",
         "--guidance": "--pipeline.guidance",
+        "--compile": "--pipeline.compile",
         "--revision": "--pipeline.revision",
         "--variant": "--pipeline.variant",
         "--teacher-lora": "--pipeline.teacher-lora",
@@ -87,6 +94,8 @@ class PipelineRun(RunConfig):
         "pipeline.skip_bad",
         "pipeline.text_memory",
         "pipeline.base_memory",
+        "pipeline.compile",
+        "pipeline.attention",
         "pipeline.revision",
         "pipeline.variant",
     )

@@ -190,6 +190,11 @@ def why_eager(config: PipelineRun, family: Family) -> str:
     return family.why_eager or from_host
 
 
+def is_smaller(config: PipelineRun) -> bool:
+    """Whether the base is quantised, or part of it lies in the host's memory."""
+    return config.pipeline.base != "bf16" or config.pipeline.base_memory > 0
+
+
 def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
     """The config with the guidance as the engine means it, and what the family cannot do off.
 
@@ -205,6 +210,11 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
         raise ValueError(
             "train.float8 multiplies copies of the weights themselves: drop --train.float8, or "
             f"take --base bf16, not {config.pipeline.base}"
+        )
+    if is_smaller(config) and (config.pipeline.compile or train.shard == "fsdp"):
+        raise ValueError(
+            "pipeline.base and pipeline.base_memory were not tried with compiled or sharded "
+            "blocks: leave them out, or pipeline.compile and train.shard fsdp"
         )
     if why := why_eager(config, family):
         if train.capture == "on":

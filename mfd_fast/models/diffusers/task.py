@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
+from mfd_fast.backbones.compiled import BACKEND, check_compiler
 from mfd_fast.backbones.lanes import STUDENT as STUDENT_LANE
 from mfd_fast.backbones.networks import names_of
 from mfd_fast.backbones.quantized import check_format
@@ -21,6 +22,7 @@ from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.integrate import generate
 from mfd_fast.flow.times import Schedule
 from mfd_fast.hub import fetch
+from mfd_fast.models.diffusers.attention import use_attention
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
 from mfd_fast.models.diffusers.base import (
     check_host,
@@ -151,8 +153,16 @@ class PipelineTask(Task):
     def backbone(self) -> SharedBackbone:
         probe(self.family, self._any_cond)
         _ = self.sampler  # asked of the pipeline while all of it is on the CPU
-        if self.plan is None:
-            self.family.pipe.transformer.to(self.device)
+        transformer = self.family.pipe.transformer
+        attention = use_attention(transformer, self.settings.attention, device=self.device)
+        self.used["attention"] = attention
+        if self.settings.compile:
+            check_compiler(self.device)
+            self.used["compile"] = "each kind of block once, in its first calls"
+        if (
+            self.plan is None and self.config.train.shard == "none"
+        ):  # else no card need hold it whole
+            transformer.to(self.device)
         return self._backbone
 
     def schedule(self) -> Schedule:
@@ -317,6 +327,7 @@ class PipelineTask(Task):
             alpha=settings.alpha,
             targets=names_of(settings.targets) if settings.targets else None,
             activation=self.config.train.activation,
+            compiler=BACKEND if settings.compile else None,
             generator=Generator().manual_seed(seed),
         )
         if self.plan is not None:

@@ -1,0 +1,95 @@
+"""Regional compile: each kind of repeated block is compiled once, for all blocks of its kind.
+
+torch.compile keeps a graph for every set of guards.  What differs between two blocks of a kind are
+tensors alone: parameters, which are inputs of the graph, and the factors of their adapters, which
+:class:`CompiledBlock` hands to the targets before it calls the graph (``AdapterBank.given``).  So
+there is a graph for each kind of block and set of lanes, with gradient and without, and the number
+of samples is left open where a batch shrinks.  The graphs hold no state and read nothing back, so
+an update can still be captured as CUDA graphs (mode "reduce-overhead", which makes its own, is not
+used).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfd_fast.backbones.adapters import AdapterBank
+from mfd_fast.files.whole import first_line
+
+BACKEND = "inductor"
+MAX_GRAPHS = 64  # of one class of blocks; torch's own limit is 8
+
+
+class CompiledBlock:
+    """A block's forward: the graph of its kind, with the adapters of its targets.
+
+    Args:
+        name: of the block, for errors.
+        block: whose class has the forward that is compiled.
+        bank: its adapters; a bank tests at its first calls, with gradient and without, that every
+            target is called, so these run uncompiled.
+        compiled: the compiled forward of the class.
+    """
+
+    def __init__(self, name: str, block: nn.Module, bank: AdapterBank, compiled: Callable):
+        self.name, self.block, self.bank, self.compiled = name, block, bank, compiled
+        inside = set(block.modules())
+        self.targets = [
+            (index, target.module)
+            for index, target in enumerate(bank.targets)
+            if target.module in inside
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.bank.call_in_force()
+        if call is None or self.bank.has_uncalled():
+            return type(self.block).forward(self.block, *args, **kwargs)
+        if call.rows is not None and call.rows > call.num_lanes > 1:
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and x.ndim and len(x) == call.rows:
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
+        for index, module in self.targets:
+            vars(module)["given_adapters"] = self.bank.given(index)
+        try:
+            return self.compiled(self.block, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                f"{self.name} ({type(self.block).__name__}) cannot be compiled: "
+                f"{first_line(error)}. Leave compile off"
+            ) from error
+        finally:
+            for _, module in self.targets:
+                del vars(module)["given_adapters"]
+
+
+def compile_blocks(
+    bank: AdapterBank, backend: str | Callable, blocks: dict[str, nn.Module]
+) -> dict[str, Callable]:
+    """The compiled forwards of blocks, by name; none of them may lie inside another."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+    compiled = {
+        cls: torch.compile(cls.forward, backend=backend, fullgraph=True)
+        for cls in {type(block) for block in blocks.values()}
+    }
+    return {
+        name: CompiledBlock(name, block, bank, compiled[type(block)])
+        for name, block in blocks.items()
+    }
+
+
+def check_compiler(device: torch.device) -> None:
+    """``ValueError`` if nothing can be compiled for the device: on a CPU without a C++ compiler."""
+    try:
+        torch.compile(_any_work, backend=BACKEND)(torch.ones(2, device=device))
+    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+        raise ValueError(
+            f"nothing can be compiled for {device.type} here: {first_line(error)}. Install a C++ "
+            "compiler (g++), or leave compile off"
+        ) from error
+
+
+def _any_work(x: Tensor) -> Tensor:
+    return x.sin() + 1
