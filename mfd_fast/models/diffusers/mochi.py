@@ -1,11 +1,14 @@
 """Mochi: told 1000 (1 - t), answers -v, text of every row cut to its length."""
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond, by_channel
+from mfd_fast.models.diffusers.lumina2 import AllTrue
+from mfd_fast.models.diffusers.record import replaced
 from mfd_fast.models.diffusers.video import Video
 
 
@@ -40,16 +43,20 @@ class Mochi(Video):
 
     def blank(self, rows: int) -> Cond:
         text = self.zeros(rows, self.default("max_sequence_length"), self.config.text_embed_dim)
-        return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.bool)}
+        mask = text.new_zeros(text.shape[:2], dtype=torch.bool)
+        return {"text": text, "mask": mask.as_subclass(AllTrue)}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return -transformer(
-            hidden_states=x,
-            encoder_hidden_states=cond["text"].to(x.dtype),
-            timestep=1000 * (1 - t),
-            encoder_attention_mask=cond["mask"],
-            return_dict=False,
-        )[0]
+        # Its positions are made in an autocast of the device, and "meta" has none.
+        block = replaced(torch, "autocast", lambda *_: nullcontext())
+        with block if x.is_meta else nullcontext():
+            return -transformer(
+                hidden_states=x,
+                encoder_hidden_states=cond["text"].to(x.dtype),
+                timestep=1000 * (1 - t),
+                encoder_attention_mask=cond["mask"],
+                return_dict=False,
+            )[0]
 
     def denormalised(self, x: Tensor) -> Tensor:
         config = self.pipe.vae.config

@@ -147,7 +147,7 @@ PUBLISHED = {
     ),
     "sana-video-2b": Published(
         *("Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "SanaVideoPipeline"),
-        *({"mlp_ratio": 3.0}, GEMMA2, ("AutoencoderKLWan", {})),
+        *({}, GEMMA2, ("AutoencoderKLWan", {})),
         settings={"frames": 81},
     ),
     "mochi": Published(
