@@ -75,7 +75,7 @@ def image_rows(
     draw = ImageDraw.Draw(page)
     for line, (name, images) in enumerate(rows.items()):
         top = line * (LABEL_HEIGHT + cell[1])
-        draw.text((GAP, top + 4), name, INK, font=font)
+        draw.text((GAP, top + 4), _cut(name, page.width - 2 * GAP, draw, font), INK, font=font)
         for column, image in enumerate(images):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(cell, Image.NEAREST)
             page.paste(tile, (GAP + column * (cell[0] + GAP), top + LABEL_HEIGHT))

@@ -13,6 +13,13 @@ CHAT = (
 VOCABULARY = len(SPECIAL) + 256
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 
+FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SHIFTED = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def euler(**options):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+
 
 def tokenizer(template="$A", length=512, **options):
     """Bytes as tokens, without merges; ``template`` puts special ones around them."""
@@ -114,4 +121,36 @@ def flux2_vae():
         **{"down_block_types": ("DownEncoderBlock2D",) * 4, "norm_num_groups": 1},
         **{"up_block_types": ("UpDecoderBlock2D",) * 4, "use_quant_conv": False},
         use_post_quant_conv=False,
+    )
+
+
+def hunyuan_vae():
+    return diffusers.AutoencoderKLHunyuanVideo(
+        **{"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1},
+        norm_num_groups=4,
+    )
+
+
+def ltx_vae(**options):
+    scaling = (True, True, False, False)
+    return diffusers.AutoencoderKLLTXVideo(
+        **{"latent_channels": 8, "block_out_channels": (8,) * 4, "patch_size": 1},
+        **{"decoder_block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5},
+        **{"decoder_layers_per_block": (1,) * 5, "spatio_temporal_scaling": scaling},
+        **{"decoder_spatio_temporal_scaling": scaling},
+        **options,
+    )
+
+
+def mochi_vae():
+    return diffusers.AutoencoderKLMochi(
+        **{"latent_channels": 12, "out_channels": 3, "layers_per_block": (1,) * 5},
+        **{"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4},
+    )
+
+
+def wan_vae():
+    return diffusers.AutoencoderKLWan(
+        **{"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+        temperal_downsample=[False, True, True],
     )

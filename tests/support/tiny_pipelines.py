@@ -3,12 +3,15 @@
 import torch
 from tiny_parts import (
     CHAT,
+    FLOW_SIGMAS,
+    SHIFTED,
     SIZES,
     VOCABULARY,
     clip,
     clip_tokenizer,
     decoder,
     diffusers,
+    euler,
     flux2_vae,
     kl_vae,
     qwen_vae,
@@ -16,13 +19,7 @@ from tiny_parts import (
     tokenizer,
     transformers,
 )
-
-FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-SHIFTED = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-
-
-def euler(**options):
-    return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+from tiny_videos import FRAMES, VIDEOS
 
 
 def sd3():
@@ -313,8 +310,17 @@ PIPELINES = {
     "bria": bria,
     "krea2": krea2,
     "sana": sana,
+    **VIDEOS,
 }
-SIDES = {"hidream": 128, "hidream-euler": 128}  # of the images; 64 for the others
+# Of the images and videos; 64 for the others.
+SIDES = {"hidream": 128, "hidream-euler": 128, "ltx": 32, "ltx-static": 32}
+
+
+def tiny_size(name):
+    """The options of a family for its tiny pipeline."""
+    side = SIDES.get(name, 64)
+    frames = {"frames": FRAMES[name]} if name in FRAMES else {}
+    return {"height": side, "width": side} | frames
 
 
 def tiny_pipeline(name):

@@ -1,13 +1,21 @@
 """The three roles on a pipeline's own network, and the guided teacher's samples."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map
 
 from mfd_fast.backbones.adapters import AdapterBank
-from mfd_fast.backbones.lanes import Backbone, guided_lanes, trajectory_lanes
+from mfd_fast.backbones.lanes import (
+    Backbone,
+    Lane,
+    Prepared,
+    check_lanes,
+    guided_lanes,
+    trajectory_lanes,
+)
 from mfd_fast.backbones.networks import Patterns
 from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.flow.integrate import integrate
@@ -50,7 +58,7 @@ def backbone_of(
         targets=family.targets if targets is None else targets,
         generator=generator,
     )
-    backbone = SharedBackbone(
+    backbone = (SharedBackbone if len(family.networks) == 1 else ExpertsBackbone)(
         network,
         adapters=bank,
         sample_shape=family.sample_shape,
@@ -60,8 +68,62 @@ def backbone_of(
         blocks=family.blocks,
         compiler=compiler,
     )
-    family.set_modes(family.pipe.transformer)
+    for part in family.networks.values():
+        family.set_modes(part)
     return backbone
+
+
+class ExpertsBackbone(SharedBackbone):
+    """Two networks that take turns by time, as adapters of one bank: every lane is evaluated by the
+    network of its time.
+
+    A step that crosses the boundary takes the velocity at its start, as the pipeline's own.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        n = check_lanes(x, prepared, lanes)
+        times = t if t.ndim == 2 else t[:, None].expand(n, len(lanes))
+        is_first, v = self.network.family.is_first(times), None
+        for name, mine in zip(self.network.family.networks, (is_first, ~is_first), strict=True):
+            if mine.all():
+                return self._of(name, x, times, prepared, lanes)
+            samples = mine.any(dim=1).nonzero().flatten().to(x.device)
+            if len(samples):
+                part = Part(prepared, samples)
+                made = self._of(name, x[samples], times[samples], part, lanes)
+                is_mine = mine.to(x.device)[samples].view(*made.shape[:2], *(1,) * (x.ndim - 2))
+                v = made.new_zeros(x.shape) if v is None else v
+                v = v.index_add(0, samples, torch.where(is_mine, made, 0.0))
+        return v
+
+    def _of(self, name: str, x: Tensor, t: Tensor, prepared: Any, lanes: tuple[Lane, ...]):
+        """Velocities of one of the networks; the other's targets are not missed."""
+        for index, target in enumerate(self.adapters.targets):
+            if not target.name.startswith(f"{name}."):
+                self.adapters.mark_called(index)
+        self.network.only = name
+        try:
+            return super().forward(x, t, prepared, lanes)
+        finally:
+            self.network.only = ""
+
+
+class Part(NamedTuple):
+    """Some samples of a prepared batch, as ``Prepared``."""
+
+    prepared: Prepared
+    samples: Tensor
+
+    @property
+    def batch(self) -> int:
+        return len(self.samples)
+
+    def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
+        """Conditions ``[n * L, ...]`` of the first n of them."""
+        return tree_map(
+            lambda leaf: leaf.unflatten(0, (-1, len(lanes)))[self.samples[:n]].flatten(0, 1),
+            self.prepared.rows(lanes, self.prepared.batch),
+        )
 
 
 @torch.no_grad()

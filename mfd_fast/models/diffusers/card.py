@@ -1,5 +1,6 @@
 """README.md of a run: a model card that says what to type for the student's images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mfd_fast.files.whole import write_text
@@ -8,8 +9,8 @@ from mfd_fast.models.diffusers.sampler import StudentSampler
 CARD = """---
 base_model: {base}
 library_name: diffusers
-pipeline_tag: text-to-image
-tags: [lora, text-to-image, mean-flow-distillation]
+pipeline_tag: text-to-{kind}
+tags: [lora, text-to-{kind}, mean-flow-distillation]
 license:  # yours to say; the base model's may bind it
 ---
 
@@ -17,17 +18,22 @@ A student of {steps} steps of `{base}`, distilled with mfd-fast: a LoRA to be ad
 
 ```python
 import torch
-from diffusers import {pipeline}
+from diffusers import {pipeline}{export}
 
 pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights(".", weight_name="{weights}")  # "." is this folder
-{scheduler}image = pipe("a prompt", {call}).images[0]
-```
+{loads}
+{scheduler}{kind} = pipe("a prompt", {call}).{kinds}[0]
+{written}```
 {comfyui}"""
 COMFYUI = """
-ComfyUI (layers named by its public map; not run there): load `{file}` at strength 1, sample with
+ComfyUI (layers named by its public map; not run there): load {file} at strength 1, sample with
 `euler` on the sigmas {nodes}, cfg 1{workflow}.
 """
+# By network of the pipeline.
+LOADS = {
+    "transformer": 'pipe.load_lora_weights(".", weight_name="{}")  # "." is this folder',
+    "transformer_2": 'pipe.load_lora_weights(".", weight_name="{}", load_into_transformer_2=True)',
+}
 SCHEDULER = 'pipe.scheduler = type(pipe.scheduler).from_pretrained(".")\n'
 
 
@@ -35,11 +41,12 @@ def write_card(
     path: Path,
     *,
     base: str,
-    weights: str,
-    comfyui: str,
+    loads: dict[str, str],
+    comfyui: Sequence[str],
     workflow: str,
     pipeline: str,
     size: tuple[int, int],
+    fps: float | None,
     sampler: StudentSampler,
 ) -> None:
     """Write the card.
@@ -47,10 +54,12 @@ def write_card(
     Args:
         path: of README.md, beside the other files.
         base: hub id, or the name of a local folder.
-        weights: the file that is added to the base.
-        comfyui: the file that ComfyUI reads, or empty; workflow: one that uses it, or empty.
+        loads: network of the pipeline -> the file that is added to it.
+        comfyui: the files that ComfyUI reads, one for each network, or none.
+        workflow: a file that uses them, or empty.
         pipeline: class of the base.
         size: height and width in pixels.
+        fps: frames a second of videos; None: it makes images.
         sampler: of the student.
     """
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
@@ -59,12 +68,18 @@ def write_card(
         base=base,
         steps=call["num_inference_steps"],
         pipeline=pipeline,
-        weights=weights,
+        loads="\n".join(LOADS[network].format(file) for network, file in loads.items()),
         comfyui=COMFYUI.format(
-            file=comfyui, nodes=nodes, workflow=workflow and f"; `{workflow}` does it"
+            file=" and ".join(f"`{x}`" for x in comfyui),
+            nodes=nodes,
+            workflow=workflow and f"; `{workflow}` does it",
         )
         if comfyui
         else "",
+        kind="image" if fps is None else "video",
+        kinds="images" if fps is None else "frames",
+        export="" if fps is None else "\nfrom diffusers.utils import export_to_video",
+        written="" if fps is None else f'export_to_video(video, "video.mp4", fps={fps:g})\n',
         scheduler=SCHEDULER if sampler.scheduler is not None else "",
         call=", ".join(f"{name}={value!r}" for name, value in call.items()),
     )

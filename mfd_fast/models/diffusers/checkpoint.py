@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mfd_fast.files.plain import read_json
 from mfd_fast.hub import fetch, without_loading_bars
@@ -56,7 +56,7 @@ def check_parts(folder: Path, index: dict[str, Any], *, is_local: bool) -> float
     """
     parts = parts_of(index)
     for name in ("transformer", "vae", "scheduler", *parts):
-        is_network = name in ("transformer", "vae") or "text_encoder" in name
+        is_network = any(word in name for word in ("transformer", "vae", "text_encoder"))
         files = list((folder / name).glob("*.safetensors" if is_network and is_local else "*"))
         if name not in parts or not files:
             raise ValueError(
@@ -86,7 +86,8 @@ def network_class(name: str) -> type[nn.Module]:
     """The class of the transformer that a pipeline class takes."""
     import diffusers
 
-    return get_type_hints(getattr(diffusers, name).__init__)["transformer"]
+    hint = get_type_hints(getattr(diffusers, name).__init__)["transformer"]
+    return next(iter(get_args(hint)), hint)  # of "the network, or None"
 
 
 def pipeline_around(transformer: nn.Module, scheduler: Any, vae: nn.Module | None) -> Any:
@@ -134,7 +135,7 @@ def outline(folder: Path, index: dict[str, Any]) -> Any:
 
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
     del made["scheduler"]  # which is read
-    for name in ("transformer", "vae"):
+    for name in made.keys() & {"transformer", "transformer_2", "vae"}:
         cls = getattr(diffusers, parts_of(index)[name])
         with torch.device("meta"):
             made[name] = cls.from_config(cls.load_config(folder / name))
@@ -214,8 +215,3 @@ def lora_files(files: str) -> list[tuple[Path, float]]:
             raise FileNotFoundError(f"there is no LoRA file {path}; give a .safetensors file")
         read.append((path, float(named.group(2) or 1.0)))
     return read
-
-
-def same_lora(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The factors of a LoRA file of strength 1 for a bank whose adapters have this scale."""
-    return {key: x / scale if ".lora_B." in key else x for key, x in state.items()}

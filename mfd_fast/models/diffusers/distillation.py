@@ -49,6 +49,8 @@ class Distillation:
         base: str = "bf16",
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
         cond: Cond | None = None,
         null: Cond | None = None,
         config: DistillConfig | None = None,
@@ -57,7 +59,8 @@ class Distillation:
         compile: bool = False,
         capture: Capture = "auto",
     ):
-        self.family = family_of(pipe, height=height, width=width, scale=guidance)
+        size = {"height": height, "width": width, "frames": frames, "fps": fps}
+        self.family = family_of(pipe, **size, scale=guidance)
         if base != "bf16":
             check_format(base)
             quantize_network(named(pipe.transformer), self.family.blocks, base)
@@ -132,7 +135,9 @@ class Distillation:
         return losses[0]
 
     def generate(self, cond: Sequence[str] | Cond, *, seed: int = 0) -> Tensor:
-        """Images of the student ``[B, 3, height, width]`` in [0, 1], a row each."""
+        """Images of the student ``[B, 3, height, width]`` in [0, 1], a row each; of a pipeline of
+        videos ``[B, frames, 3, height, width]``.
+        """
         return self.family.decode(self.latents(cond, seed=seed))
 
     def latents(self, cond: Sequence[str] | Cond, *, seed: int = 0) -> Tensor:
@@ -174,7 +179,7 @@ def distillation(
         teacher_lora: a LoRA file, or files with their weights, that belong to the teacher; LoRAs
             that are active in the pipeline already do too.
         base: format that the network's blocks are kept in from now on, ``quantized.FORMATS``.
-        height, width: of the images; the pipeline's default if None.
+        height, width, frames, fps: of images, or of videos; the pipeline's default if None.
         cond, null: conditions of any prompt and the null condition's row, where the text encoders
             are gone.
         config: the method's settings; guidance and student_steps are those given here.

@@ -28,11 +28,16 @@ FAMILIES = {
     "Flux2Pipeline": "flux2:Flux2",
     "FluxPipeline": "flux1:Flux1",
     "HiDreamImagePipeline": "hidream:HiDream",
+    "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
     "Krea2Pipeline": "krea2:Krea2",
+    "LTXPipeline": "ltx:LTX",
     "Lumina2Pipeline": "lumina2:Lumina2",
+    "MochiPipeline": "mochi:Mochi",
     "QwenImagePipeline": "qwen_image:QwenImage",
     "SanaPipeline": "sana:Sana",
+    "SanaVideoPipeline": "sana_video:SanaVideo",
     "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
+    "WanPipeline": "wan:Wan",
     "ZImagePipeline": "z_image:ZImage",
 }
 # Beginnings of the names of what cannot be a teacher, and why.
@@ -49,6 +54,18 @@ NO_FLOW = {
         "is no flow model (it predicts the v of a diffusion)",
     ),
     "SanaSprint": "is distilled already: its teacher is SANA",
+    **dict.fromkeys(
+        (
+            *("WanImageToVideo", "WanVideoToVideo", "WanVACE", "WanAnimate", "HunyuanVideoImage"),
+            *("HunyuanVideoFramepack", "HunyuanSkyreels", "LTXImageToVideo", "LTXCondition"),
+            *("LTXI2V", "SanaImageToVideo", "SanaControlNet", "Cosmos2VideoToWorld"),
+            *("CosmosVideoToWorld", "Kandinsky5I2V", "Kandinsky5I2I", "FluxControl", "FluxFill"),
+            *("FluxKontext", "FluxImg2Img", "FluxInpaint", "QwenImageEdit", "QwenImageControl"),
+            *("StableDiffusion3ControlNet", "StableDiffusion3Img2Img", "StableDiffusion3Inpaint"),
+        ),
+        "starts from an image, a video or a control input, which no adapter takes: give the "
+        "pipeline of text alone",
+    ),
 }
 
 Cond = dict[str, Tensor]
@@ -62,13 +79,14 @@ class Family:
             are asked for.
         height, width: of the images, in pixels; the pipeline's own default if None.
         scale: guidance scale as the pipeline means it; its own default if None.
+        frames, fps: of videos (``video.Video``); images have none.
 
     ``ValueError`` for a size that the latents cannot have, or a scale that the pipeline lacks.
     """
 
     targets: ClassVar[Patterns] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers of :class:`FamilyNetwork` that get adapters, as in training scripts."""
-    blocks: ClassVar[str] = r"transformer\.\w*(blocks|layers|refiner)\.\d+"
+    blocks: ClassVar[str] = r"transformer(_2)?\.\w*(blocks|layers|refiner)\.\d+"
     """The repeated blocks of :class:`FamilyNetwork`."""
     scale_name: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that is the guidance scale."""
@@ -76,6 +94,10 @@ class Family:
     """Whether the guided velocity needs the null condition (a second lane)."""
     hands_sigmas: ClassVar[bool] = True
     """Whether the pipeline hands even sigmas to its scheduler; else the last step is almost 0."""
+    takes_sigmas: ClassVar[bool] = True
+    """Whether the pipeline's call has an argument ``sigmas``."""
+    least_steps: ClassVar[int] = 1
+    """Fewest steps that the pipeline's call can make."""
     names: ClassVar[dict[str, str]] = {"text": "prompt_embeds"}
     """Leaf of the condition -> argument of the pipeline's call."""
     extra: ClassVar[dict[str, Any]] = {}
@@ -104,7 +126,14 @@ class Family:
         height: int | None = None,
         width: int | None = None,
         scale: float | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
     ):
+        if frames or fps:
+            raise ValueError(
+                f"{type(pipe).__name__} makes images: leave out frames and fps, which belong to "
+                f"videos; got {frames or fps:g}"
+            )
         if pipe.config.get("is_distilled"):
             raise ValueError(
                 f"this {type(pipe).__name__} is distilled already (is_distilled in its "
@@ -113,7 +142,8 @@ class Family:
         self.pipe = pipe
         self.config = pipe.transformer.config
         self.scale = self.default(self.scale_name) if scale is None else scale
-        self.height, self.width = (side or self.default_side() for side in (height, width))
+        own = self.default_size()
+        self.height, self.width = height or own[0], width or own[1]
         multiple = self.unit()
         if self.height % multiple or self.width % multiple:
             raise ValueError(
@@ -130,14 +160,23 @@ class Family:
         """The default of an argument of the pipeline's call; it is not always encode_prompt's."""
         return inspect.signature(type(self.pipe).__call__).parameters[name].default
 
-    def default_side(self) -> int:
-        """Height and width of the pipeline's images where none are given."""
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of what the pipeline makes where none are given."""
         size = getattr(self.pipe, "default_sample_size", None)
-        return size * self.pipe.vae_scale_factor if size else 1024
+        return (size * self.pipe.vae_scale_factor if size else 1024,) * 2
 
     def unit(self) -> int:
         """Pixels of one token, along a side."""
         return self.pipe.vae_scale_factor * self.patch
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by their names in the pipeline: one, or two that take turns by time."""
+        return {"transformer": self.pipe.transformer}
+
+    def is_first(self, t: Tensor) -> Tensor:
+        """Where the first network is evaluated: bool, of t's shape, on the CPU."""
+        return torch.ones(t.shape, dtype=torch.bool)
 
     @property
     def unguided(self) -> float:
@@ -229,18 +268,27 @@ class Family:
 
 
 class FamilyNetwork(nn.Module):
-    """``network(x, t, cond) -> v`` of a family; its one child is called ``transformer``, so that
-    names of adapters are those that ``pipe.load_lora_weights`` takes.
+    """``network(x, t, cond) -> v`` of a family; its child is called ``transformer``, so that names
+    of adapters are those that ``pipe.load_lora_weights`` takes.
+
+    Of two children one is evaluated for all rows: ``only`` if it is given, else that of the first
+    row's time.
     """
 
     def __init__(self, family: Family):
         super().__init__()
-        self.transformer = family.pipe.transformer
+        for name, network in family.networks.items():
+            self.add_module(name, network)
         self.family = family
         self.combine = family.combine
+        self.only = ""
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.family.velocity(self.transformer, x, t, cond)
+        names = list(self.family.networks)
+        name = self.only or names[0]
+        if len(names) > 1 and not self.only and not self.family.is_first(t[:1]).all():
+            name = names[1]
+        return self.family.velocity(getattr(self, name), x, t, cond)
 
 
 def named(transformer: nn.Module) -> nn.Module:
@@ -263,6 +311,15 @@ def adapter_of(name: str) -> type[Family]:
         raise ValueError(f"{name} {why or f'has no adapter; there are {sorted(FAMILIES)}'}")
     module, adapter = FAMILIES[name].split(":")
     return getattr(import_module(f"mfd_fast.models.diffusers.{module}"), adapter)
+
+
+def by_channel(x: Tensor, config: Any) -> Tensor:
+    """Latents ``[B, C, ...]`` with the mean and deviation that a VAE's configuration lists."""
+    mean, std = (
+        x.new_tensor(values).view(1, -1, *(1,) * (x.ndim - 2))
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return x * std + mean
 
 
 def padded(leaf: Tensor, length: int) -> Tensor:

@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.models.diffusers.family import Cond
-from mfd_fast.models.diffusers.packed import Packed, by_channel
+from mfd_fast.models.diffusers.family import Cond, by_channel
+from mfd_fast.models.diffusers.packed import Packed
 
 
 class Krea2(Packed):
@@ -47,7 +47,7 @@ class Krea2(Packed):
         )[0]
 
     def denormalised(self, x: Tensor) -> Tensor:
-        return by_channel(self.unpacked(x), self.pipe.vae.config)
+        return by_channel(self.unpacked(x), self.pipe.vae.config)[:, :, None]
 
     def frame(self, image: Tensor) -> Tensor:
         return image[:, :, 0]

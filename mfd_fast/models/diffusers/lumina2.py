@@ -9,10 +9,12 @@ from mfd_fast.models.diffusers.family import Cond, Family
 
 
 class AllTrue(Tensor):
-    """A mask whose sums are known without its values."""
+    """A mask whose sums and true places are known without its values."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nonzero:
+            return torch.arange(args[0].numel(), device=args[0].device)[:, None]
         out = super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.sum:
             return torch.full(out.shape, args[0].shape[-1])

@@ -36,12 +36,3 @@ class Packed(Family):
 
     def denormalised(self, x: Tensor) -> Tensor:
         return super().denormalised(self.unpacked(x))
-
-
-def by_channel(x: Tensor, config: Any) -> Tensor:
-    """Latents ``[B, C, 1, h, w]`` with the mean and deviation that a VAE's configuration lists."""
-    mean, std = (
-        x.new_tensor(values).view(1, -1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    )
-    return (x * std + mean)[:, :, None]

@@ -31,7 +31,13 @@ class PipelineSettings(Settings):
     updates.
     """
     resolution: str = ""
-    """Height and width of the images in pixels, as 1024x768; empty: the pipeline's own."""
+    """Height and width in pixels, as 1024x768; empty: the pipeline's own."""
+    frames: Count | None = None
+    """Frames of a video; None: the default of the pipeline's call."""
+    fps: Positive | None = None
+    """Frames a second of a video, written and told to a network that is told; None: the published
+    model's.
+    """
     guidance: Number | None = None
     """Guidance scale of the teacher as the pipeline's call means it; None: that call's default."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -68,13 +74,15 @@ class PipelineSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun(RunConfig):
-    """Text-to-image pipelines of diffusers, LoRA adapters on the frozen network."""
+    """Pipelines of diffusers from text to images or videos, LoRA adapters on a frozen network."""
 
     SHORT: ClassVar[dict[str, str]] = {
         "--prompts": "--pipeline.prompts",
         "--prompt-key": "--pipeline.prompt-column",
         "--skip-bad": "--pipeline.skip-bad",
         "--resolution": "--pipeline.resolution",
+        "--frames": "--pipeline.frames",
+        "--fps": "--pipeline.fps",
         "--guidance": "--pipeline.guidance",
         "--compile": "--pipeline.compile",
         "--revision": "--pipeline.revision",
@@ -149,6 +157,7 @@ class PipelineRun(RunConfig):
         return beside_the_updates(self)
 
 
+VIDEOS = 4  # behind the result table: one of 50 guided steps takes minutes
 # SANA's settings with Euler steps; the guidance is the pipeline's (docs/families.md).
 PIPELINE = PipelineRun(
     preset="pipeline",
@@ -163,7 +172,8 @@ PRESETS = (
             PIPELINE,
             preset=name,
             teacher=model.model,
-            pipeline=PipelineSettings(revision=model.revision),
+            num_eval_samples=VIDEOS if "frames" in model.settings else IMAGES,
+            pipeline=PipelineSettings(revision=model.revision, **model.settings),
         )
         for name, model in PUBLISHED.items()
     ),

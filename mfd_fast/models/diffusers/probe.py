@@ -61,7 +61,7 @@ def _ours(family: Family, step: Step, lanes: list[Cond]) -> tuple[list[dict], li
     """The adapter's calls and velocities, a lane each, at the state and time of a step."""
     network, calls, outputs = FamilyNetwork(family), [], []
     time = torch.tensor([step.time], device=step.sample.device)
-    with watched(network.transformer, calls, stub=True), torch.no_grad():
+    with watched(family.networks, calls, stub=True), torch.no_grad():
         for lane in lanes:
             outputs.append(network(step.sample.to(network.transformer.dtype), time, lane).float())
     return calls, outputs

@@ -5,9 +5,12 @@ Sizes of text encoders are numbers of parameters in 10^9, counted on the configu
 own models.  ``krea2`` has the defaults of diffusers' class: its own configuration was not at hand.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 CLIP_L, CLIP_G, T5 = 0.1237, 0.6947, 4.7623  # T5 XXL, its encoder
+UMT5, GEMMA2, LLAMA3 = 5.6809, 2.6143, 8.0303  # XXL, its encoder; 2 B; 8 B
 QWEN3, QWEN3_8B, QWEN25_VL, QWEN3_VL = 4.0225, 8.1907, 8.2922, 4.4378  # 4 and 8, 7, 4 B
 KL = {
     "block_out_channels": (128, 256, 512, 512),
@@ -29,7 +32,8 @@ HIDREAM = {
 
 class Published(NamedTuple):
     """model: hub id; network: its configuration where it is another than the class's defaults;
-    encoders: parameters, 10^9; vae: class and configuration.
+    encoders: parameters, 10^9; vae: class and configuration; options: of the pipeline; settings:
+    size of what it makes, where that is another than its call's default, and of videos always.
     """
 
     model: str
@@ -38,6 +42,8 @@ class Published(NamedTuple):
     encoders: float
     vae: tuple[str, dict[str, Any]] = ("AutoencoderKL", KL | {"latent_channels": 16})
     revision: str = ""
+    options: Mapping[str, Any] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def _sd3(name: str, encoders: float = CLIP_L + CLIP_G + T5, **network: Any) -> Published:
@@ -63,6 +69,18 @@ def _klein(name: str, encoders: float, layers: int, single: int, heads: int, tex
     )
 
 
+def _wan(name: str, heads: int, hidden: int, layers: int, **more: Any) -> Published:
+    network = {"num_attention_heads": heads, "ffn_dim": hidden, "num_layers": layers}
+    network |= more.pop("network", {})
+    name = f"Wan-AI/Wan{name}-Diffusers"
+    more = {"vae": ("AutoencoderKLWan", {}), "settings": {"frames": 81}} | more
+    return Published(name, "WanPipeline", network, UMT5, **more)
+
+
+WAN22_VAE = {
+    **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True},
+    **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+}
 QWEN_VAE = ("AutoencoderKLQwenImage", {})
 PUBLISHED = {
     "sd3-medium": _sd3(
@@ -88,7 +106,7 @@ PUBLISHED = {
     "qwen-image": Published("Qwen/Qwen-Image", "QwenImagePipeline", {}, QWEN25_VL, QWEN_VAE),
     "z-image": Published("Tongyi-MAI/Z-Image", "ZImagePipeline", {}, QWEN3),
     "lumina2": Published(
-        *("Alpha-VLLM/Lumina-Image-2.0", "Lumina2Pipeline", {"cap_feat_dim": 2304}, 2.6143)
+        *("Alpha-VLLM/Lumina-Image-2.0", "Lumina2Pipeline", {"cap_feat_dim": 2304}, GEMMA2)
     ),
     "auraflow": Published(
         *("fal/AuraFlow-v0.3", "AuraFlowPipeline", {"pos_embed_max_size": 9216}, 1.2236),
@@ -97,7 +115,7 @@ PUBLISHED = {
     "chroma": Published("lodestones/Chroma1-HD", "ChromaPipeline", {}, T5),
     "hidream": Published(
         *("HiDream-ai/HiDream-I1-Full", "HiDreamImagePipeline", HIDREAM),
-        CLIP_L + CLIP_G + T5 + 8.0303,  # Llama 3.1 8B
+        CLIP_L + CLIP_G + T5 + LLAMA3,
     ),
     "bria": Published(
         *("briaai/BRIA-3.2", "BriaPipeline"),
@@ -107,6 +125,34 @@ PUBLISHED = {
             **{"pooled_projection_dim": None, "axes_dims_rope": [0, 48, 48]},
         },
         *(T5, ("AutoencoderKL", KL), "bria_3_2_diffusers"),
+    ),
+    "wan2.1-1.3b": _wan("2.1-T2V-1.3B", 12, 8960, 30),
+    "wan2.1-14b": _wan("2.1-T2V-14B", 40, 13824, 40),
+    "wan2.2-5b": _wan(
+        *("2.2-TI2V-5B", 24, 14336, 30),
+        network={"in_channels": 48, "out_channels": 48},
+        vae=("AutoencoderKLWan", WAN22_VAE),
+        options={"expand_timesteps": True},
+        settings={"resolution": "704x1280", "frames": 121},
+    ),
+    "wan2.2-a14b": _wan("2.2-T2V-A14B", 40, 13824, 40, options={"boundary_ratio": 0.875}),
+    "hunyuan-video": Published(
+        *("hunyuanvideo-community/HunyuanVideo", "HunyuanVideoPipeline", {}, LLAMA3 + CLIP_L),
+        vae=("AutoencoderKLHunyuanVideo", {}),
+        settings={"frames": 129},
+    ),
+    "ltx-2b": Published(
+        *("Lightricks/LTX-Video", "LTXPipeline", {}, T5, ("AutoencoderKLLTXVideo", {})),
+        settings={"frames": 161},
+    ),
+    "sana-video-2b": Published(
+        *("Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "SanaVideoPipeline"),
+        *({}, GEMMA2, ("AutoencoderKLWan", {})),
+        settings={"frames": 81},
+    ),
+    "mochi": Published(
+        *("genmo/mochi-1-preview", "MochiPipeline", {}, T5, ("AutoencoderKLMochi", {})),
+        settings={"frames": 19},
     ),
     "krea2": Published("krea/Krea-2-Raw", "Krea2Pipeline", {}, QWEN3_VL, QWEN_VAE),
 }

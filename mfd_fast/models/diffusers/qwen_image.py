@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.models.diffusers.family import Cond, padded
-from mfd_fast.models.diffusers.packed import Packed, by_channel
+from mfd_fast.models.diffusers.family import Cond, by_channel, padded
+from mfd_fast.models.diffusers.packed import Packed
 
 
 class QwenImage(Packed):
@@ -58,7 +58,7 @@ class QwenImage(Packed):
         return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
 
     def denormalised(self, x: Tensor) -> Tensor:
-        return by_channel(self.unpacked(x), self.pipe.vae.config)
+        return by_channel(self.unpacked(x), self.pipe.vae.config)[:, :, None]
 
     def frame(self, image: Tensor) -> Tensor:
         return image[:, :, 0]

@@ -6,7 +6,7 @@ any size: that is how the schedule of a pipeline is asked for, and how it is pro
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from mfd_fast.models.diffusers.family import Cond, Family
 
 
 class Step(NamedTuple):
-    """What one step handed to ``scheduler.step``, what came back, and the network's calls."""
+    """What one step handed to ``scheduler.step`` (as a velocity of ours), what came back, and the
+    network's calls.
+    """
 
     output: Tensor
     time: float
@@ -66,16 +68,21 @@ def record_call(
     pipe, made = family.pipe, Recording()
     calls: list[dict[str, Any]] = []
     step, scale = pipe.scheduler.step, float(pipe.scheduler.config.num_train_timesteps)
+    # Whether its clock runs up to the data, and the velocity with it.
+    is_inverted = pipe.scheduler.config.get("invert_sigmas", False)
 
     def watched_step(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = step(output, t, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
-        made.steps.append(Step(output, float(t) / scale, sample, after, calls.copy()))
+        time, v = float(t) / scale, output
+        if is_inverted:
+            time, v = 1.0 - time, -output
+        made.steps.append(Step(v, time, sample, after, calls.copy()))
         calls.clear()
         return result
 
     with (
-        watched(pipe.transformer, calls, stub=stub),
+        watched(family.networks, calls, stub=stub),
         replaced(pipe.scheduler, "step", watched_step),
         replaced(pipe, "_progress_bar_config", {"disable": True}),
         torch.no_grad(),
@@ -88,23 +95,31 @@ def record_call(
             output_type="latent",
             **arguments,
         )
-    made.nodes = tuple(pipe.scheduler.sigmas.double().tolist())
+    sigmas = pipe.scheduler.sigmas.double()
+    made.nodes = tuple((1.0 - sigmas if is_inverted else sigmas).tolist())
     return made
 
 
 @contextmanager
-def watched(transformer: Any, calls: list[dict[str, Any]], *, stub: bool) -> Iterator[None]:
-    """Inside the block every call of the network adds its arguments by name to ``calls``."""
-    forward = transformer.forward
-    signature = inspect.signature(forward)
+def watched(networks: dict[str, Any], calls: list[dict[str, Any]], *, stub: bool) -> Iterator[None]:
+    """Inside the block every call of a network adds its arguments by name to ``calls``, and which
+    of several it was.
+    """
 
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        calls.append(dict(bound.arguments))
-        return (answer(bound.arguments),) if stub else forward(*args, **kwargs)
+    def watching(name: str, forward: Any) -> Any:
+        signature = inspect.signature(forward)
 
-    with replaced(transformer, "forward", watching):
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            calls.append(dict(bound.arguments) | ({"network": name} if len(networks) > 1 else {}))
+            return (answer(bound.arguments),) if stub else forward(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, network in networks.items():
+            stack.enter_context(replaced(network, "forward", watching(name, network.forward)))
         yield
 
 

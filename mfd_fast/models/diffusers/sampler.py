@@ -31,11 +31,22 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
         cond: any conditions of the family; only the first row is used, by no network.
     """
     pipe, own = family.pipe, family.pipe.scheduler
+    if steps < family.least_steps:
+        raise ValueError(
+            f"distill.student_steps must be at least {family.least_steps} for "
+            f"{type(pipe).__name__}, whose call divides by zero below; got {steps}"
+        )
     changes = scheduler_changes(dict(own.config), steps)
     scheduler = type(own).from_config(own.config, **changes) if changes else None
     call: dict[str, Any] = {"num_inference_steps": steps, family.scale_name: family.unguided}
     call |= family.extra
     if not family.hands_sigmas and "solver_order" not in own.config:
+        if not family.takes_sigmas:
+            raise ValueError(
+                f"{type(pipe).__name__} with {type(own).__name__} ends next to t = 0 and takes no "
+                "sigmas: give it the scheduler that it ships with, UniPCMultistepScheduler with "
+                "flow sigmas"
+            )
         call["sigmas"] = [1.0 - k / steps for k in range(steps)]
     extra = {name: value for name, value in call.items() if name == "sigmas"}
     first = {name: leaf[:1] for name, leaf in cond.items()}

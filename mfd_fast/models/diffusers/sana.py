@@ -55,7 +55,7 @@ class Sana(Family):
             x,
             encoder_hidden_states=cond["text"].to(x.dtype),
             encoder_attention_mask=cond["mask"],
-            timestep=1000 * t * self.config.timestep_scale,
+            timestep=1000 * t * self.config.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]
         return v[:, : x.shape[1]]  # a network that learns a variance too puts it behind

@@ -38,11 +38,12 @@ def published_pipeline(model: Published) -> Any:
     vae, options = model.vae
     with torch.device("meta"):
         made = {
-            "transformer": network_class(model.pipeline)(**model.network),
-            "vae": getattr(diffusers, vae)(**options),
-            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+            name: network_class(model.pipeline)(**model.network)
+            for name in ("transformer", "transformer_2")[: 1 + ("boundary_ratio" in model.options)]
         }
-    return pipeline_with(model.pipeline, **made)
+        made["vae"] = getattr(diffusers, vae)(**options)
+        made["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
+    return pipeline_with(model.pipeline, **made, **model.options)
 
 
 def check_teacher(config: PipelineRun) -> None:
@@ -72,11 +73,10 @@ def outlined(config: PipelineRun) -> Family:
 def pipeline_shapes(config: PipelineRun, device: str) -> Shapes:
     """See :meth:`RunConfig.shapes`; elsewhere than on ``meta`` the weights are zeros."""
     family = outlined(config)
-    transformer = family.pipe.transformer
-    if device != "meta":
-        transformer.to_empty(device=device)
+    for network in family.networks.values() if device != "meta" else ():
+        network.to_empty(device=device)
         with torch.no_grad():
-            for tensor in (*transformer.parameters(), *transformer.buffers()):
+            for tensor in (*network.parameters(), *network.buffers()):
                 tensor.zero_()
     return _shapes(config, family)
 
@@ -92,10 +92,11 @@ def family_terms(config: PipelineRun, family: Family) -> list[tuple[int, Family]
     """
     kinds: dict[Any, list[str]] = {}
     pattern = re.compile(family.blocks)
-    for name, block in family.pipe.transformer.named_modules():
-        if pattern.fullmatch(f"transformer.{name}"):
-            facts = tuple((key, x.shape) for key, x in block.named_parameters())
-            kinds.setdefault((name.rpartition(".")[0], facts), []).append(name)
+    for network, whole in family.networks.items():
+        for part, block in whole.named_modules():
+            if pattern.fullmatch(name := f"{network}.{part}"):
+                facts = tuple((key, x.shape) for key, x in block.named_parameters())
+                kinds.setdefault((name.rpartition(".")[0], facts), []).append(name)
     few = {name for names in kinds.values() for name in names[:FEW]}
     more = [(len(x) - FEW, few | {x[FEW]}) for x in kinds.values() if len(x) > FEW]
     terms = [(1 - sum(n for n, _ in more), few), *more]
@@ -103,25 +104,33 @@ def family_terms(config: PipelineRun, family: Family) -> list[tuple[int, Family]
 
 
 def _with_blocks(config: PipelineRun, family: Family, kept: set[str]) -> Family:
-    """The family with these blocks of its network alone."""
-    whole = family.pipe.transformer
-    short, pipe = copy(whole), copy(family.pipe)
-    short._modules = {name: copy(module) for name, module in whole._modules.items()}
-    for stack in {name.rpartition(".")[0] for name in kept}:
-        blocks = [x for i, x in enumerate(whole.get_submodule(stack)) if f"{stack}.{i}" in kept]
-        setattr(short, stack, nn.ModuleList(blocks))
-    pipe.transformer = deepcopy(short)
+    """The family with these blocks of its networks alone."""
+    pipe = copy(family.pipe)
+    for network, whole in family.networks.items():
+        short = copy(whole)
+        short._modules = {name: copy(module) for name, module in whole._modules.items()}
+        for stack in {x.rpartition(".")[0].partition(".")[2] for x in kept if within(x, network)}:
+            blocks = whole.get_submodule(stack)
+            names = (f"{network}.{stack}.{i}" for i in range(len(blocks)))
+            few = [block for name, block in zip(names, blocks, strict=True) if name in kept]
+            setattr(short, stack, nn.ModuleList(few))
+        setattr(pipe, network, deepcopy(short))
     return family_of(pipe, **options_of(config.pipeline))
+
+
+def within(name: str, network: str) -> bool:
+    """Whether a module's name is one of this network."""
+    return name.partition(".")[0] == network
 
 
 @quiet()
 def _shapes(config: PipelineRun, family: Family) -> Shapes:
     settings = config.pipeline
-    transformer = family.pipe.transformer.requires_grad_(False).eval()
-    transformer.to(getattr(torch, settings.dtype))
-    if settings.base not in ("bf16", "auto"):
-        for layer in freeze_linears(named(transformer), family.blocks, settings.base).values():
-            layer.stored.zero_()
+    for network in family.networks.values():
+        network.requires_grad_(False).eval().to(getattr(torch, settings.dtype))
+        if settings.base not in ("bf16", "auto"):
+            for layer in freeze_linears(named(network), family.blocks, settings.base).values():
+                layer.stored.zero_()
     backbone = backbone_of(
         family,
         rank=settings.rank,
@@ -129,7 +138,8 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
         targets=names_of(settings.targets) if settings.targets else None,
         activation=config.train.activation,
     )
-    family.without_values(transformer)
+    for network in family.networks.values():
+        family.without_values(network)
     if family.has_null:
         family.null_row = family.blank(1)
     return Shapes(backbone, family.blank)
@@ -156,7 +166,7 @@ def beside_the_updates(config: PipelineRun) -> dict[str, float]:
     if (folder / INDEX).is_file():
         sizes = {"text encoders": 0.0, "VAE": 0.0}
         for path in folder.glob("*/*.safetensors"):
-            if path.parent.name != "transformer":
+            if not path.parent.name.startswith("transformer"):
                 part = "VAE" if path.parent.name == "vae" else "text encoders"
                 sizes[part] += path.stat().st_size
         return sizes
@@ -169,7 +179,8 @@ def beside_the_updates(config: PipelineRun) -> dict[str, float]:
 def options_of(settings: PipelineSettings) -> dict[str, Any]:
     """The options of :class:`Family` that a run's settings say."""
     height, width = parse_resolution(settings.resolution)
-    return {"height": height, "width": width, "scale": settings.guidance}
+    size = {"height": height, "width": width, "scale": settings.guidance}
+    return size | {"frames": settings.frames, "fps": settings.fps}
 
 
 def parse_resolution(text: str) -> tuple[int | None, int | None]:
@@ -215,6 +226,11 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
         raise ValueError(
             "pipeline.base and pipeline.base_memory were not tried with compiled or sharded "
             "blocks: leave them out, or pipeline.compile and train.shard fsdp"
+        )
+    if len(family.networks) > 1 and (is_smaller(config) or config.pipeline.compile):
+        raise ValueError(
+            f"this {type(family.pipe).__name__} has two networks: leave out pipeline.base, "
+            "pipeline.base_memory and pipeline.compile, which were tried with one"
         )
     if why := why_eager(config, family):
         if train.capture == "on":

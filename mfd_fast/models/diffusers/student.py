@@ -4,6 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.files.whole import write_text
 from mfd_fast.models.diffusers.card import write_card
@@ -11,6 +14,7 @@ from mfd_fast.models.diffusers.family import Family
 from mfd_fast.models.diffusers.sampler import StudentSampler
 from mfd_fast.models.diffusers.workflow import workflow
 from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora, save_diffusers_lora
+from mfd_fast.run.folder import STUDENT
 
 WITH_TEACHER, COMFYUI = "student_with_teacher_lora.safetensors", "student_comfyui.safetensors"
 WORKFLOW = "comfyui_workflow.json"
@@ -26,7 +30,8 @@ def save_student(
     teacher_lora: Lora | None = None,
     teacher_files: str = "a LoRA",
 ) -> list[Path]:
-    """Write the student's LoRA, and beside it what belongs to it; the files.
+    """Write the student's LoRA, of two networks ``student.safetensors`` and
+    ``student_2.safetensors``, and beside it what belongs to it; the files.
 
     A LoRA for the plain base too if the teacher has one; one in ComfyUI's names where it does not
     read the first, and a workflow for it; ``scheduler_config.json`` if the pipeline's own will not
@@ -39,28 +44,31 @@ def save_student(
         teacher_lora, teacher_files: what the teacher is besides, and its name.
     """
     base = Path(base).name if Path(base).is_dir() else base
-    factors = Lora.of(bank, "student").factors
-    student = Lora({name.removeprefix("transformer."): pair for name, pair in factors.items()})
     below = base if teacher_lora is None else f"{base} with {teacher_files}"
-    files, whole = {path: (student, below)}, student
-    if teacher_lora is not None:
-        whole = student.stacked_on(teacher_lora)
-        files[path.with_name(WITH_TEACHER)] = whole, base
-    for file, (lora, on) in files.items():
-        save_diffusers_lora(lora, file, description=_about(on))
-    written = [*files]
-    wholes = comfyui_layers(family, whole)
-    if wholes:
-        save_comfyui_lora(whole, path.with_name(COMFYUI), description=_about(base), wholes=wholes)
-        written.append(path.with_name(COMFYUI))
+    loads, written, names_there = {}, [], []
+    for number, (network, student) in enumerate(parts_of(family, Lora.of(bank, "student")), 1):
+        of_second = f"_{number}" * (number > 1)
+        file, whole = path.with_stem(path.stem + of_second), student
+        save_diffusers_lora(student, file, description=_about(below))
+        written.append(file)
+        if teacher_lora is not None:
+            file, whole = path.with_name(WITH_TEACHER), student.stacked_on(teacher_lora)
+            save_diffusers_lora(whole, file, description=_about(base))
+            written.append(file)
+        loads[network] = file.name
+        if wholes := comfyui_layers(family, whole):
+            comfyui = path.with_stem(Path(COMFYUI).stem + of_second)
+            save_comfyui_lora(whole, comfyui, description=_about(base), wholes=wholes)
+            written.append(comfyui)
+            names_there.append(comfyui.name)
     if sampler.scheduler is not None:
         sampler.scheduler.save_pretrained(path.parent)
         written.append(path.with_name("scheduler_config.json"))
     reads_all = family.comfyui is not None and not family.comfyui
-    comfyui = COMFYUI if wholes else [*files][-1].name if reads_all else ""
+    comfyui = [*loads.values()] if reads_all else names_there
     size, pipeline = (family.height, family.width), type(family.pipe).__name__
-    graph = comfyui and workflow(
-        *(pipeline, comfyui, sampler.schedule.nodes, size, sampler.call.get("guidance_scale"))
+    graph = len(comfyui) == 1 and workflow(
+        *(pipeline, comfyui[0], sampler.schedule.nodes, size, sampler.call.get("guidance_scale"))
     )
     if graph:
         write_text(path.with_name(WORKFLOW), json.dumps(graph, indent=1) + "\n")
@@ -68,14 +76,45 @@ def save_student(
     write_card(
         path.with_name("README.md"),
         base=base,
-        weights=[*files][-1].name,
+        loads=loads,
         comfyui=comfyui,
         workflow=WORKFLOW if graph else "",
         pipeline=pipeline,
         size=size,
+        fps=getattr(family, "fps", None),
         sampler=sampler,
     )
     return [*written, path.with_name("README.md")]
+
+
+def parts_of(family: Family, lora: Lora) -> list[tuple[str, Lora]]:
+    """Every network of the family and what is its own, under its modules' names."""
+    return [
+        (
+            network,
+            Lora(
+                {
+                    name.removeprefix(f"{network}."): pair
+                    for name, pair in lora.factors.items()
+                    if name.startswith(f"{network}.")
+                }
+            ),
+        )
+        for network in family.networks
+    ]
+
+
+def load_student(folder: Path, family: Family, scale: float) -> dict[str, Tensor]:
+    """What :func:`save_student` wrote, for a bank over the family's networks whose adapters have
+    this scale.
+    """
+    state = {}
+    for number, network in enumerate(family.networks, 1):
+        file = (folder / STUDENT).with_stem(Path(STUDENT).stem + f"_{number}" * (number > 1))
+        for key, factor in load_file(file).items():
+            key = f"{network}.{key.removeprefix('transformer.')}"
+            state[key] = factor / scale if ".lora_B." in key else factor
+    return state
 
 
 def _about(base: str) -> str:

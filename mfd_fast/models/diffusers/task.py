@@ -3,13 +3,13 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from mfd_fast.backbones.compiled import BACKEND, check_compiler
@@ -42,7 +42,6 @@ from mfd_fast.models.diffusers.checkpoint import (
     networks,
     outline,
     read_index,
-    same_lora,
     visiting,
 )
 from mfd_fast.models.diffusers.family import Cond, Family, family_of
@@ -56,17 +55,19 @@ from mfd_fast.models.diffusers.shapes import (
     options_of,
     why_eager,
 )
-from mfd_fast.models.diffusers.student import save_student
+from mfd_fast.models.diffusers.student import load_student, save_student
 from mfd_fast.models.diffusers.text import HostText
+from mfd_fast.models.diffusers.video import Video, in_tiles
 from mfd_fast.models.sana.lora_files import Lora
 from mfd_fast.models.sana.text.prompts import Prompts, open_prompts
 from mfd_fast.pictures.rows import image_rows, write_samples
+from mfd_fast.pictures.videos import no_mp4, video_rows
 from mfd_fast.run.console import progress
-from mfd_fast.run.folder import STUDENT, RunFolder
+from mfd_fast.run.folder import RunFolder
 from mfd_fast.run.task import Task, pictures
 
 GRID = "samples_grid.png"
-IMAGES = 4  # in a grid
+IMAGES, VIDEOS = 4, 2  # in a grid
 SEED = 1
 # Words in the names of published checkpoints that are students themselves.
 DISTILLED = re.compile(r"schnell|turbo|lightning|sprint|distill|hyper|-?\d+-?steps?", re.IGNORECASE)
@@ -117,6 +118,8 @@ class PipelineTask(Task):
         if asked == "auto":
             self.about_base += f" (auto, {free_memory(self.device) / 1e9:.3g} GB free)"
         self.shape, self.why_eager = outlined.sample_shape, why_eager(self.config, outlined)
+        self.fps = outlined.fps if isinstance(outlined, Video) else None
+        self.num_shown = IMAGES if self.fps is None else VIDEOS
         self.teacher_lora: Lora | None = None  # read with the weights
 
     def check(self) -> dict[str, str]:
@@ -134,6 +137,8 @@ class PipelineTask(Task):
             found["base"] = self.about_base
         if self.settings.teacher_lora:
             found["teacher LoRA"] = self.settings.teacher_lora
+        if self.fps is not None and no_mp4():
+            found["videos"] = f"contact sheets alone: {no_mp4()}"
         return found | pictures()
 
     def remarks(self, num_samples: int) -> list[str]:
@@ -153,16 +158,17 @@ class PipelineTask(Task):
     def backbone(self) -> SharedBackbone:
         probe(self.family, self._any_cond)
         _ = self.sampler  # asked of the pipeline while all of it is on the CPU
-        transformer = self.family.pipe.transformer
-        attention = use_attention(transformer, self.settings.attention, device=self.device)
+        parts = self.family.networks.values()
+        for network in parts:
+            attention = use_attention(network, self.settings.attention, device=self.device)
         self.used["attention"] = attention
         if self.settings.compile:
             check_compiler(self.device)
             self.used["compile"] = "each kind of block once, in its first calls"
-        if (
-            self.plan is None and self.config.train.shard == "none"
-        ):  # else no card need hold it whole
-            transformer.to(self.device)
+        # Swapped or sharded, no card need hold the whole network.
+        if self.plan is None and self.config.train.shard == "none":
+            for network in parts:
+                network.to(self.device)
         return self._backbone
 
     def schedule(self) -> Schedule:
@@ -214,7 +220,7 @@ class PipelineTask(Task):
         """The prompts encoded, once and before the training if the host's memory holds them."""
         distill, train = self.config.distill, self.config.train
         parts = networks(self.family.pipe)
-        encoders = [x for name, x in parts.items() if name not in ("transformer", "vae")]
+        encoders = [x for name, x in parts.items() if name not in {*self.family.networks, "vae"}]
         return HostText(
             self.family,
             self.prompts,
@@ -242,10 +248,10 @@ class PipelineTask(Task):
         return record(self.family, cond, noise, steps).schedule
 
     def preview(self, distiller: Distiller, path: Path) -> None:
-        captions, cond = self._grid(IMAGES)
+        captions, cond = self._grid(self.num_shown)
         latents = distiller.generate(self.noise(len(captions), SEED), cond)
         name = f"student after {distiller.num_updates['student']} updates"
-        image_rows({name: self._decoded(latents)}, path, captions=captions)
+        self._draw({name: latents}, path, captions)
 
     def save_student(self, distiller: Distiller, path: Path) -> None:
         with distiller.averaged_student():
@@ -283,26 +289,32 @@ class PipelineTask(Task):
 
     def draw_pictures(self, run: RunFolder) -> list[Path]:
         self._load_student(run)
-        captions, cond = self._grid(IMAGES)
+        captions, cond = self._grid(self.num_shown)
         noise = self.noise(len(captions), SEED)
-        images = {
-            name: self._decoded(self._latents(name, cond, noise, schedule))
+        latents = {
+            name: self._latents(name, cond, noise, schedule)
             for name, schedule in self._samplers().items()
         }
-        image_rows(images, run / GRID, captions=captions)
+        self._draw(latents, run / GRID, captions)
         return [run / GRID, *super().draw_pictures(run)]
 
     def sample(
         self, run: RunFolder, path: Path, *, num: int, seed: int, prompts: Sequence[str] = ()
     ) -> None:
+        if self.fps is not None and no_mp4():
+            raise ImportError(no_mp4())
         self._load_student(run)
-        captions, cond = self._grid(num or IMAGES)
+        captions, cond = self._grid(num or self.num_shown)
         if prompts:
             captions = [prompts[i % len(prompts)] for i in range(max(num, len(prompts)))]
             cond = self.text.encode(captions)
         noise, steps = self.noise(len(captions), seed), self.config.distill.student_steps
         name = f"student, {steps} step{'s' * (steps != 1)}, seed {seed}"
-        rows = {name: self._decoded(self._latents("student", cond, noise, self.schedule()))}
+        latents = self._latents("student", cond, noise, self.schedule())
+        if self.fps is not None:
+            self._draw({name: latents}, path, captions)
+            return
+        rows = {name: self._decoded(latents)}
         write_samples(rows[name], path, partial(image_rows, rows, path, captions=captions))
 
     def export(self, run: RunFolder, out: Path) -> Path:
@@ -312,7 +324,7 @@ class PipelineTask(Task):
         self._load_student(run)
         pipe = self.family.pipe
         network = self._backbone.student_network().to("cpu")
-        pipe.register_modules(transformer=network.transformer)
+        pipe.register_modules(**{name: getattr(network, name) for name in self.family.networks})
         if self.sampler.scheduler is not None:
             pipe.register_modules(scheduler=self.sampler.scheduler)
         pipe.save_pretrained(out)
@@ -342,7 +354,7 @@ class PipelineTask(Task):
     def _load_student(self, run: RunFolder) -> None:
         """The adapter of the run's file, as its readers have it."""
         bank = self.backbone().adapters
-        state = same_lora(load_file(run / STUDENT), bank.scale("student"))
+        state = load_student(run.path, self.family, bank.scale("student"))
         bank.load_adapter_state_dict("student", state, prefix="")
 
     def _samplers(self) -> dict[str, Schedule]:
@@ -381,8 +393,19 @@ class PipelineTask(Task):
             cond = self.text.next_cond(n)
             yield {name: leaf[: len(rows)] for name, leaf in cond.items()}, rows
 
+    def _draw(self, latents: dict[str, Tensor], path: Path, captions: list[str]) -> None:
+        """What the latents of every name are, as a picture, and of videos as MP4 files too."""
+        made = {name: self._decoded(rows) for name, rows in latents.items()}
+        if self.fps is None:
+            image_rows(made, path, captions=captions)
+        else:
+            video_rows(made, path, captions=captions, fps=self.fps)
+
     def _decoded(self, latents: Tensor) -> Tensor:
-        """uint8 images ``[B, 3, H, W]`` on the CPU, one at a time to save memory."""
-        with visiting([self.family.pipe.vae], self.device):
-            images = torch.cat([self.family.decode(row).cpu() for row in latents.split(1)])
-        return (images.float() * 255).round().to(torch.uint8)
+        """uint8 images ``[B, 3, H, W]`` or videos ``[B, F, 3, H, W]`` on the CPU, one at a time and
+        videos by tiles to save memory.
+        """
+        vae = self.family.pipe.vae
+        with visiting([vae], self.device), in_tiles(vae) if self.fps else nullcontext():
+            made = [self.family.decode(row).cpu() for row in latents.split(1)]
+        return torch.cat([(x.float() * 255).round().to(torch.uint8) for x in made])

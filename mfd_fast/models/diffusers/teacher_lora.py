@@ -19,6 +19,8 @@ def merge_teacher_lora(pipe: Any, files: str | Mapping[str, float] | None) -> Lo
     Args:
         files: a LoRA file, or several with their weights; None: what is active in the pipeline.
     """
+    if files is not None and getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError("a teacher of two networks takes no LoRA: put it into their weights")
     if files is not None:
         weights = {files: 1.0} if isinstance(files, str) else dict(files)
         names = [f"teacher_{number}" for number in range(len(weights))]

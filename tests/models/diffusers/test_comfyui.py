@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_networks import draw_adapter
-from tiny_pipelines import PIPELINES, SIDES, tiny_pipeline
+from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
 
 from mfd_fast import DistillConfig
 from mfd_fast.diffusers import distillation
@@ -17,7 +17,9 @@ from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora
 
 CONFIG = DistillConfig(aux_updates=1, step_size=0.3)
 OTHER_NAMES = ("flux2-dev", "flux2-klein", "lumina2")
+OTHER_NAMES += ("wan", "wan2.2-5b", "wan2.2-a14b", "ltx", "ltx-static")
 UNKNOWN = ("bria", "krea2", "sana")  # SANA's own preset writes such a file
+UNKNOWN += ("hunyuan-video", "sana-video", "mochi")
 
 
 def products(state, prefix="transformer."):
@@ -39,18 +41,26 @@ def as_ab(state):
 
 
 def saved(name, folder, **options):
-    pipe, side = tiny_pipeline(name), SIDES.get(name, 64)
-    made = distillation(pipe, height=side, width=side, rank=2, config=CONFIG, **options)
+    pipe = tiny_pipeline(name)
+    made = distillation(pipe, **tiny_size(name), rank=2, config=CONFIG, **options)
     draw_adapter(made.backbone.adapters, "student", 3)
     return pipe, {path.name for path in made.save(folder)}
 
 
-def test_flux2_under_native_names_is_what_diffusers_reads(tmp_path):
-    pipe, files = saved("flux2-klein", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("flux2-klein", ".img_attn.qkv."),
+        ("wan", ".cross_attn.o."),
+        ("ltx", "transformer_blocks.1.attn2.to_q."),
+    ],
+)
+def test_native_names_are_what_diffusers_reads(name, layer, tmp_path):
+    pipe, files = saved(name, tmp_path)
     assert COMFYUI in files
     state = load_file(tmp_path / COMFYUI)
     assert all(key.startswith("diffusion_model.") for key in state)
-    assert any(".img_attn.qkv." in key for key in state)
+    assert any(layer in key for key in state)
     theirs = products(type(pipe).lora_state_dict(as_ab(state)))
     ours = products(load_file(tmp_path / "student.safetensors"))
     assert theirs.keys() == ours.keys()
@@ -112,6 +122,6 @@ def test_a_layer_without_a_name_there_means_no_file(tmp_path):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_says_what_comfyui_reads(name):
-    family = family_of(tiny_pipeline(name), height=SIDES.get(name, 64), width=SIDES.get(name, 64))
+    family = family_of(tiny_pipeline(name), **tiny_size(name))
     assert bool(family.comfyui) == (name in OTHER_NAMES)
-    assert (family.comfyui is None) == (name in ("bria", "krea2", "sana"))
+    assert (family.comfyui is None) == (name in UNKNOWN)

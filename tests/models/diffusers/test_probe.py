@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, SIDES, tiny_pipeline
+from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
 
 from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.probe import probe
@@ -12,8 +12,7 @@ PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars
 
 def probed(name, change=None, dtype=torch.float32):
     """The probe of a family whose pipeline or adapter was changed after it was made."""
-    side = SIDES.get(name, 64)
-    family = family_of(tiny_pipeline(name), height=side, width=side)
+    family = family_of(tiny_pipeline(name), **tiny_size(name))
     cond = family.encode(PROMPTS)
     family.null_row = family.null_row or family.encode_null() if family.has_null else None
     if dtype != torch.float32:
@@ -30,7 +29,7 @@ def test_it_passes_on_what_is_installed(name):
     probed(name)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux1-dev", "qwen-image", "z-image", "lumina2"])
+@pytest.mark.parametrize("name", ["sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan"])
 def test_it_passes_in_bf16(name):
     probed(name, dtype=torch.bfloat16)
 

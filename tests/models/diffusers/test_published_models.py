@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, SIDES, tiny_pipeline
+from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfd_fast import cli
@@ -34,6 +34,19 @@ SIZES = {
     "hidream": (17.106, 77.8),
     "chroma": (8.900, 74.57),
     "bria": (3.786, 25.30),
+    "wan2.1-1.3b": (1.419, 283.0),
+    "wan2.1-14b": (14.288, 1678),
+    "wan2.2-5b": (5.000, 517.0),
+    "wan2.2-a14b": (14.288, 1678),  # each of the two
+    "hunyuan-video": (12.821, 12069),
+    "ltx-2b": (1.923, 37.13),
+    "sana-video-2b": (1.906, 111.2),
+}
+VIDEO_SIZES = {  # height, width and frames of those counts
+    **dict.fromkeys(("wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b", "sana-video-2b"), (480, 832, 81)),
+    "wan2.2-5b": (704, 1280, 121),
+    "hunyuan-video": (720, 1280, 129),
+    "ltx-2b": (512, 704, 161),
 }
 
 
@@ -51,14 +64,14 @@ def test_sizes_and_operations_of_the_real_configurations(name):
         parameters, abs=6e-4
     )
     assert counter.get_total_flops() / 1e12 == pytest.approx(tera, rel=0.01)
-    assert (family.height, family.width) == (1024, 1024)
+    frames = (family.frames,) if name in VIDEO_SIZES else ()
+    assert (family.height, family.width, *frames) == VIDEO_SIZES.get(name, (1024, 1024))
     assert type(family.pipe).__name__ == PUBLISHED[name].pipeline
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_blank_condition_is_what_the_family_encodes(name):
-    side = SIDES.get(name, 64)
-    family = family_of(tiny_pipeline(name), height=side, width=side)
+    family = family_of(tiny_pipeline(name), **tiny_size(name))
     ours, theirs = family.blank(2), family.encode(["a red fox", "a cat"])
     assert ours.keys() == theirs.keys()
     for leaf, value in theirs.items():

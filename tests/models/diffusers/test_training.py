@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_networks import draw_adapter
-from tiny_pipelines import PIPELINES, SIDES, tiny_pipeline
+from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
 
 from mfd_fast import (
     AUX,
@@ -27,12 +27,12 @@ KINDS = {
     "renormalised": ("qwen-image", "lumina2"),
     "embedded": ("flux1-dev", "flux2-dev"),
     "lists, 1 + s": ("z-image", "krea2"),
+    "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
 
 
 def made(name, **options):
-    side = SIDES.get(name, 64)
-    family = family_of(tiny_pipeline(name), height=side, width=side)
+    family = family_of(tiny_pipeline(name), **tiny_size(name))
     backbone = backbone_of(family, rank=2, **options)
     for seed, adapter in enumerate(("aux", "student")):
         draw_adapter(backbone.adapters, adapter, seed)
@@ -146,6 +146,7 @@ def test_what_can_be_captured_is_what_the_family_says(name):
 
     step(0)
     eager = ("lumina2", "hidream", "hidream-euler", "z-image", "chroma", "qwen-image")
+    eager += ("wan2.2-a14b", "hunyuan-video", "mochi")
     assert bool(family.why_eager) == (name in eager)
     if family.why_eager:
         with pytest.raises(ValueError, match="a captured step may not"):

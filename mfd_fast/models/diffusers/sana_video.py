@@ -1,0 +1,19 @@
+"""SANA-Video: SANA's text and call, with frames."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from mfd_fast.models.diffusers.family import by_channel
+from mfd_fast.models.diffusers.sana import Sana
+from mfd_fast.models.diffusers.video import Video
+
+
+class SanaVideo(Video, Sana):
+    """cond: ``text [B, 300, C]`` and ``mask [B, 300]``, masked exactly."""
+
+    frames_name: ClassVar = "frames"
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        return by_channel(x, config) if hasattr(config, "latents_mean") else x
