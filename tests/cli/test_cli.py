@@ -140,6 +140,7 @@ def packaged_teacher() -> Path:
             "--train.batch-size: expected a whole number, got 'many'; mfd-fast distill digits --h",
         ),
         (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["distill", "digits", "--config", "."], "--config: .: is a directory; name another place"),
         (["sample", "nowhere"], "nowhere is not a run folder: it has no config.yaml"),
         (["export", "nowhere"], "expected mfd-fast export --out PATH; .*shows an example"),
         (["report", "r", "--uot", "3"], "unknown option '--uot'; .*did you mean '--out'"),
