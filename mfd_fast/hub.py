@@ -29,19 +29,6 @@ def fetch(model_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def check_model_id(model_id: str) -> None:
-    """``ValueError`` unless it is of the form OWNER/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(model_id)
-    except HFValidationError as error:
-        raise ValueError(f"--push takes OWNER/NAME: {error}") from None
-    if model_id.count("/") != 1:
-        raise ValueError(f"--push takes OWNER/NAME, got {model_id!r}")
-
-
 def push(folder: Path, model_id: str) -> str:
     """Upload a folder as a model, which is made if it is missing; its address.
 

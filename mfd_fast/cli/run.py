@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -212,11 +213,10 @@ def export(
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out")
     if push:
-        from mfd_fast.hub import check_model_id
-
         if to != "hub-folder":
             raise ValueError("--push uploads a hub folder; type --to hub-folder as well")
-        check_model_id(push)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+            raise ValueError(f"--push takes OWNER/NAME, got {push!r}")
     folder, task = opened(run, config)
     with written(out) as partial:
         if to == "checkpoint":

@@ -12,6 +12,7 @@ from mfd_fast.files.whole import written
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
         "pictures need matplotlib, which is not installed; run: pip install 'mfd-fast[digits]'"
@@ -144,9 +145,7 @@ def draw_curve(axis: Any, points: list[tuple], title: str, colour: str) -> None:
         axis.plot(updates, smoothed(values), color=colour, linewidth=1.8, label="moving average")
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     axis.set_xlabel("student updates", fontsize=9, color=INK)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    if len({*updates}) == 1:
-        axis.set_xticks(updates[:1])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     plain_axis(axis)
 
 

@@ -1,6 +1,7 @@
 """HTML pages of one file, from ``page.html``: no server, script or network."""
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -8,6 +9,8 @@ from string import Template
 from typing import Any
 
 from mfd_fast.files.whole import write_text
+
+NUMBER = re.compile(r"-|-?[\d,.]+(e[+-]\d+)?|nan|-?inf")
 
 
 def write_page(path: str | Path, title: str, parts: Iterable[str]) -> None:
@@ -26,23 +29,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, marked: int = 0
 
 
 def table_of(markdown: str) -> str:
-    """A result table as the terminal shows it; its numbers stay as they are."""
+    """A result table as the terminal shows it, with what stands below it."""
     text, _, note = markdown.partition("\n\n")
-    head, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-    )
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
-    for name, *numbers in rows:
-        cells = "".join(f'<td class="n">{escape(number)}</td>' for number in numbers)
-        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    below = f"<p class='note'>{escape(note)}</p>" if note else ""
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>{below}'
+    head, _, *rows = ([x.strip() for x in line.strip("|").split("|")] for line in text.splitlines())
+    return table(head, rows) + (f"<p class='note'>{escape(note)}</p>" if note else "")
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td class="n">{value if isinstance(value, int) else f"{value:.4g}"}</td>'
-    return f"<td>{escape('-' if value is None else str(value))}</td>"
+    text = f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    kind = ' class="n"' if NUMBER.fullmatch(text) else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def figure(path: Path) -> str:

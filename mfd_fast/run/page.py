@@ -119,17 +119,14 @@ def _results(name: str, results: Mapping[str, Any]) -> str:
         parts.append(table_of(text))
     elif rows:  # of an older run
         keys = [key for key, value in rows[0].items() if not isinstance(value, Mapping | list)]
-        parts.append(table([key.replace("_", " ") for key in keys], _picked(rows, keys)))
+        shown = [[row.get(key) for key in keys] for row in rows]
+        parts.append(table([key.replace("_", " ") for key in keys], shown))
     phases = {k: v for k, v in results.get("phases", {}).items() if ">" not in k}
     if whole := sum(phase["seconds"] * phase["count"] for phase in phases.values()):
         share = {name: p["seconds"] * p["count"] / whole for name, p in phases.items()}
         timed = [[name, 1e3 * p["seconds"], 100 * share[name]] for name, p in phases.items()]
         parts.append(table(["phase", "ms each", "share, %"], timed))
     return "".join(parts)
-
-
-def _picked(rows: list[dict[str, Any]], keys: list[str]) -> list[list[Any]]:
-    return [[row.get(key) for key in keys] for row in rows]
 
 
 def _curves(histories: Mapping[str, list[dict]], colours: Mapping[str, str]) -> str:

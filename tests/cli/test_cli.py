@@ -79,7 +79,7 @@ def test_a_hub_that_refuses_is_said_and_the_folder_stays(run_folder, tmp_path, m
     assert cli.main([*command, "me/student"]) == 2 and "type --to hub-folder" in said(capsys)
     command[-1:] = ["--to", "hub-folder", "--push"]
     assert cli.main([*command, "student"]) == 2 and "OWNER/NAME, got 'student'" in said(capsys)
-    assert cli.main([*command, "me/stu dent"]) == 2 and "--push takes OWNER/NAME" in said(capsys)
+    assert cli.main([*command, "me/stu dent"]) == 2 and "got 'me/stu dent'" in said(capsys)
     monkeypatch.setenv("HF_TOKEN", "of a test")
     with fake_hub(status=403) as (address, files):
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -140,6 +140,7 @@ def packaged_teacher() -> Path:
             "--train.batch-size: expected a whole number, got 'many'; mfd-fast distill digits --h",
         ),
         (["distill", "digits", "--teacher", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["distill", "digits", "--config", "."], "--config: .: is a directory; name another place"),
         (["sample", "nowhere"], "nowhere is not a run folder: it has no config.yaml"),
         (["export", "nowhere"], "expected mfd-fast export --out PATH; .*shows an example"),
         (["report", "r", "--uot", "3"], "unknown option '--uot'; .*did you mean '--out'"),
