@@ -28,6 +28,7 @@ OF_ONE_COMMAND = {
     "cost/devices.py": {"--peak-tflops", "--bandwidth", "--memory"},
     "cost/estimate.py": {"--gpus"},
     "hub.py": {"--push"},
+    "models/diffusers/base_error.py": {"--check-base"},
 }
 OF_PROGRAMS = re.compile(r"pip install|torchrun|^--[a-z-]+(=[\w,.]+)?$|force-reinstall")
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from mfd_fast.backbones.quantized import COMPARED, check_format, freeze_linears
 from mfd_fast.backbones.swap import SwapPlan, plan_swap
+from mfd_fast.hub import fetch
+from mfd_fast.models.diffusers.checkpoint import INDEX, network_class
 from mfd_fast.models.diffusers.family import Family, named
 from mfd_fast.models.diffusers.presets import PipelineRun
 from mfd_fast.models.diffusers.shapes import stored_of
@@ -88,6 +90,25 @@ def chosen(config: PipelineRun, device: torch.device) -> PipelineRun:
         f"and {free / 1e9:.3g} GB are free; --train.activation block takes less, and so does "
         f"{offer}"
     )
+
+
+def quantized_network(
+    config: PipelineRun, index: dict[str, Any], device: torch.device
+) -> dict[str, nn.Module]:
+    """The run's transformer with its blocks in ``pipeline.base``, by its name in the pipeline."""
+    settings, folder = config.pipeline, Path(config.teacher)
+    if not (folder / INDEX).is_file():
+        folder = fetch(config.teacher, settings.revision or None, ["transformer/*"])
+    network = load_network(
+        folder / "transformer",
+        network_class(index["_class_name"]),
+        Family.blocks,
+        base=settings.base,
+        dtype=getattr(torch, settings.dtype),
+        device=device,
+        variant=settings.variant,
+    )
+    return {"transformer": network}
 
 
 def load_network(

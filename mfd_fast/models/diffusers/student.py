@@ -66,25 +66,34 @@ def save_student(
         written.append(path.with_name("scheduler_config.json"))
     reads_all = family.comfyui is not None and not family.comfyui
     comfyui = [*loads.values()] if reads_all else names_there
-    size, pipeline = (family.height, family.width), type(family.pipe).__name__
-    graph = len(comfyui) == 1 and workflow(
-        *(pipeline, comfyui[0], sampler.schedule.nodes, size, sampler.call.get("guidance_scale"))
-    )
-    if graph:
-        write_text(path.with_name(WORKFLOW), json.dumps(graph, indent=1) + "\n")
-        written.append(path.with_name(WORKFLOW))
+    graph = save_workflow(family, comfyui, sampler, path.with_name(WORKFLOW))
+    written += graph
     write_card(
         path.with_name("README.md"),
         base=base,
         loads=loads,
         comfyui=comfyui,
         workflow=WORKFLOW if graph else "",
-        pipeline=pipeline,
-        size=size,
+        pipeline=type(family.pipe).__name__,
+        size=(family.height, family.width),
         fps=getattr(family, "fps", None),
         sampler=sampler,
     )
     return [*written, path.with_name("README.md")]
+
+
+def save_workflow(
+    family: Family, files: list[str], sampler: StudentSampler, path: Path
+) -> list[Path]:
+    """Write ComfyUI's workflow of a student that is one file there; what was written."""
+    size, pipeline = (family.height, family.width), type(family.pipe).__name__
+    graph = len(files) == 1 and workflow(
+        *(pipeline, files[0], sampler.schedule.nodes, size, sampler.call.get("guidance_scale"))
+    )
+    if not graph:
+        return []
+    write_text(path, json.dumps(graph, indent=1) + "\n")
+    return [path]
 
 
 def parts_of(family: Family, lora: Lora) -> list[tuple[str, Lora]]:

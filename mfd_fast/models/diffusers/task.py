@@ -21,7 +21,6 @@ from mfd_fast.backbones.swap import BlockSwap
 from mfd_fast.distill.distiller import Distiller
 from mfd_fast.flow.integrate import generate
 from mfd_fast.flow.times import Schedule
-from mfd_fast.hub import fetch
 from mfd_fast.models.diffusers.attention import use_attention
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
 from mfd_fast.models.diffusers.base import (
@@ -29,7 +28,7 @@ from mfd_fast.models.diffusers.base import (
     chosen,
     describe,
     free_memory,
-    load_network,
+    quantized_network,
     swap_plan,
 )
 from mfd_fast.models.diffusers.checkpoint import (
@@ -38,7 +37,6 @@ from mfd_fast.models.diffusers.checkpoint import (
     load_pipeline,
     lora_files,
     merge_lora_files,
-    network_class,
     networks,
     outline,
     read_index,
@@ -177,34 +175,17 @@ class PipelineTask(Task):
     @cached_property
     def family(self) -> Family:
         """The pipeline with its weights, the teacher's LoRA in them."""
+        own = {} if self.is_plain else quantized_network(self.config, self.index, self.device)
         pipe = load_pipeline(
             self.config.teacher,
             getattr(torch, self.settings.dtype),
             revision=self.settings.revision or None,
             variant=self.settings.variant or None,
-            **self._loaded(),
+            **own,
         )
         if self.settings.teacher_lora:
             self.teacher_lora = merge_lora_files(pipe, self.settings.teacher_lora)
         return family_of(pipe, **self.options)
-
-    def _loaded(self) -> dict[str, Any]:
-        """The network, where it is not loaded as it lies in its files."""
-        settings, folder = self.settings, self.folder
-        if self.is_plain:
-            return {}
-        if not self.is_local:
-            folder = fetch(self.config.teacher, settings.revision or None, ["transformer/*"])
-        network = load_network(
-            folder / "transformer",
-            network_class(self.index["_class_name"]),
-            Family.blocks,
-            base=settings.base,
-            dtype=getattr(torch, settings.dtype),
-            device=self.device,
-            variant=settings.variant,
-        )
-        return {"transformer": network}
 
     @cached_property
     def prompts(self) -> Prompts:

@@ -94,7 +94,7 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_videos(name, runs, mo
 
     run, task = open_run(runs / name)
     task._load_student(run)
-    cond, noise = task.text.encode(PROMPTS[:2]), task._noise(2, seed=3)
+    cond, noise = task.text.encode(PROMPTS[:2]), task.noise(2, seed=3)
     ours = task._latents("student", cond, noise, task.schedule())
 
     card = (run / "README.md").read_text()
@@ -147,7 +147,7 @@ def test_sampling_and_exporting_a_run_of_two_networks(runs, tmp_path, monkeypatc
 
     _, task = open_run(run)
     task._load_student(open_run(run)[0])
-    cond, noise = task.text.encode(PROMPTS[:1]), task._noise(1, seed=3)
+    cond, noise = task.text.encode(PROMPTS[:1]), task.noise(1, seed=3)
     ours = task._latents("student", cond, noise, task.schedule())
     pipe = diffusers.DiffusionPipeline.from_pretrained(merged)
     family = family_of(pipe, height=32, width=32, frames=5)
