@@ -117,7 +117,9 @@ def bases_of(
         is_own, stored = not made, other.stored()
         if base == "bf16" and not is_own:
             plain = cycles_of(other)
-        its = cycles if is_own else {name: on_base(x, other, name) for name, x in plain.items()}
+        its = cycles
+        if not is_own:
+            its = {name: on_base(x, stored, config, name) for name, x in plain.items()}
         found = profiles_of(its, device, efficiency, is_captured=is_captured, base=base)
         if stored is not None and not fitting(found, device):
             found += _swapped(other, stored, its, device, efficiency)
@@ -125,11 +127,10 @@ def bases_of(
     return made
 
 
-def on_base(cycle: CycleCost, config: RunConfig, policy: str) -> CycleCost:
-    """A cycle on the plain base with the weights made from the codes of the config's format in
-    every pass, and twice where blocks are computed again.
+def on_base(cycle: CycleCost, stored: Stored, config: RunConfig, policy: str) -> CycleCost:
+    """A cycle on the plain base with the weights made from codes in every pass, and twice where
+    blocks are computed again.
     """
-    stored = config.stored()
     kernels, _ = DEQUANTIZE[stored.base]
     if not kernels:
         return cycle

@@ -209,15 +209,7 @@ def _bases(run: Estimate) -> str:
         way = [plan.activation, plan.optimizer, f"{plan.bytes / 1e9:.3g}", blocks]
         cost = [_range(plan.seconds.times(1e3)), plan.bound] if fits else ["does not fit", ""]
         rows.append([plan.base, *way, *cost])
-    head = [
-        "base",
-        "activations",
-        "optimizer",
-        "GB",
-        "blocks on the host, GB",
-        "ms a cycle",
-        "bound",
-    ]
+    head = ["base", "activations", "optimizer", "GB", "host blocks, GB", "ms a cycle", "bound"]
     return aligned(head, rows)
 
 

@@ -78,7 +78,7 @@ def chosen(config: PipelineRun, device: torch.device) -> PipelineRun:
     free, plain = free_memory(device), cycle_of(config, config.train.batch_size)
     for base in COMPARED:
         one = replace(config, pipeline=replace(config.pipeline, base=base))
-        cycle = on_base(plain, one, config.train.activation)
+        cycle = on_base(plain, one.stored(), config, config.train.activation)
         memory = memory_of(cycle, is_captured=False, has_context=False)
         if sum(memory.values()) <= free:
             return one

@@ -145,6 +145,7 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
     return Shapes(backbone, family.blank)
 
 
+@quiet()
 def stored_of(family: Family, settings: PipelineSettings) -> Stored:
     """Bytes of a family's network, which is on ``meta``, in the format of the settings."""
     base, dtype = settings.base.replace("auto", "bf16"), getattr(torch, settings.dtype)

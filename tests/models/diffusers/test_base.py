@@ -126,7 +126,7 @@ def test_auto_takes_the_largest_format_that_fits(model, prompts, monkeypatch):
 
     def needed(base):
         one = replace(config, pipeline=replace(config.pipeline, base=base))
-        cycle = on_base(plain, one, config.train.activation)
+        cycle = on_base(plain, one.stored(), config, config.train.activation)
         return sum(memory_of(cycle, is_captured=False, has_context=False).values())
 
     sizes = {base: needed(base) for base in COMPARED}
