@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.files.whole import first_line
@@ -29,7 +30,8 @@ class CompiledBlock:
         name: of the block, for errors.
         block: whose class has the forward that is compiled.
         bank: its adapters; a bank tests at its first calls, with gradient and without, that every
-            target is called, so these run uncompiled.
+            target is called, so these run uncompiled; and so do calls whose operators are watched
+            (``graphs.Watch``), which a graph would hide.
         compiled: the compiled forward of the class.
     """
 
@@ -44,7 +46,7 @@ class CompiledBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.bank.call_in_force()
-        if call is None or self.bank.has_uncalled():
+        if call is None or self.bank.has_uncalled() or is_in_torch_dispatch_mode():
             return type(self.block).forward(self.block, *args, **kwargs)
         if call.rows is not None and call.rows > call.num_lanes > 1:
             for x in (*args, *kwargs.values()):

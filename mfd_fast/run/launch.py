@@ -64,29 +64,38 @@ def shard_networks(backbone: Backbone, device: torch.device) -> None:
     Of a ``CopiedBackbone`` all three, with what is trained; of a ``SharedBackbone`` the frozen one,
     whose adapters every rank has whole.  Every element of an outermost ``nn.ModuleList`` is
     gathered and freed on its own, so a rank never needs the device to hold a whole network; the
-    rest of a network is one more group.  ``ValueError`` for another backbone, and with compiled
-    blocks.
+    rest of a network is one more group.  ``ValueError`` for another backbone, with compiled blocks,
+    and for a shared network with a ``prepare`` or adapters of its own: only its forward gathers.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to load
     from torch.distributed.fsdp import fully_shard
 
     if isinstance(backbone, CopiedBackbone):
         networks = [getattr(backbone, role) for role in ROLES]
-    elif isinstance(backbone, SharedBackbone) and backbone.compiler is None:
-        networks = [backbone.network]
-    else:
-        kind = type(backbone).__name__
-        compiled = " with compiled blocks (leave compile off)" * (kind == "SharedBackbone")
+    elif why := _why_whole(backbone):
         raise ValueError(
-            "train.shard fsdp spreads the networks of a CopiedBackbone or a SharedBackbone; this "
-            f"backbone is a {kind}{compiled}: or use train.shard none"
+            "train.shard fsdp spreads the networks of a CopiedBackbone or a SharedBackbone; "
+            f"{why}: use train.shard none"
         )
+    else:
+        networks = [backbone.network]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in networks:
         for block in _blocks(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh, reshard_after_forward=len(networks) == 1 or None)
     backbone.to(device)
+
+
+def _why_whole(backbone: Backbone) -> str:
+    """Why a backbone's network cannot be spread, if it cannot."""
+    if not isinstance(backbone, SharedBackbone):
+        return f"this backbone is a {type(backbone).__name__}"
+    if backbone.compiler is not None:
+        return "this one's blocks are compiled (leave compile off)"
+    if any(hasattr(backbone.network, name) for name in ("prepare", "use_adapters")):
+        return f"{type(backbone.network).__name__} reads weights outside its forward"
+    return ""
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

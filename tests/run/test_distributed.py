@@ -237,8 +237,15 @@ def test_processes_that_would_train_apart_are_refused(backend, message, monkeypa
 def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"a multiple of 3 ranks x distill.micro_batches=2, got 9"):
         Ranks(0, 3).check_batch(9, 2)
-    with pytest.raises(ValueError, match=r"fsdp spreads the networks of .* is a Linear: or use"):
+    with pytest.raises(ValueError, match=r"fsdp spreads the networks of .* is a Linear: use"):
         shard_networks(torch.nn.Linear(1, 1), torch.device("cpu"))
+    backbone = make_shared()
+    backbone.network.prepare = lambda cond: cond
+    with pytest.raises(ValueError, match=r"CondNetwork reads weights outside its forward: use"):
+        shard_networks(backbone, torch.device("cpu"))
+    backbone.compiler = "eager"
+    with pytest.raises(ValueError, match=r"blocks are compiled \(leave compile off\): use"):
+        shard_networks(backbone, torch.device("cpu"))
 
 
 def test_a_sharded_run_ends_with_its_table_and_pictures(tmp_path):

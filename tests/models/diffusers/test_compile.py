@@ -121,8 +121,9 @@ def test_compiled_blocks_can_be_captured_and_lose_no_state():
     for i in range(2):
         step(i)
     assert check_capture_safe(step) > 0  # what the compiler started from
-    theirs = plain.forward(x, t, plain.prepare(cond), (TEACHER, AUX)).detach()
-    assert torch.equal(step(0), theirs)
+    with torch.no_grad():
+        theirs = plain.forward(x, t, plain.prepare(cond), (TEACHER, AUX))
+    assert torch.equal(step(0), theirs)  # aot_eager runs the same operators
     student = backbone.student_network()
     assert not any("forward" in vars(module) for module in student.modules())
 
