@@ -57,9 +57,13 @@ def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
         with pytest.raises(ZeroDivisionError):
             record(family, cond, noise, steps)
         return
-    schedule = record(family, cond, noise, steps).schedule
-    own = family.pipe.scheduler
-    is_undefined = any(node != node for node in schedule.nodes)
+    own, schedule = family.pipe.scheduler, None
+    if (name, steps) == ("ltx", 1):
+        with pytest.raises(IndexError):
+            record(family, cond, noise, steps)
+    else:
+        schedule = record(family, cond, noise, steps).schedule
+    is_undefined = schedule is None or any(node != node for node in schedule.nodes)
     assert is_undefined == (steps == 1 and "shift_terminal" in own.config
                             and own.config.shift_terminal is not None)  # fmt: skip
     if is_undefined or "solver_order" in own.config:  # then Euler on our nodes
@@ -121,17 +125,31 @@ def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
 
     state = backbone.adapters.adapter_state_dict("student", prefix="")
     teacher = family.pipe
-    without = record_call(family, noise, steps, **their_call(name) | off(sampler))
-    if hasattr(teacher, "load_lora_weights"):
-        teacher.load_lora_weights(state)
-    else:
-        teacher.transformer.load_lora_adapter(state)
+    if (name, steps) != ("ltx", 1):  # whose own single step is at no number
+        without = record_call(family, noise, steps, **their_call(name) | off(sampler)).end
+    load_lora(family, state)
     teacher.scheduler = sampler.scheduler or teacher.scheduler
     theirs = record_call(family, noise, steps, **their_call(name) | off(sampler))
     assert theirs.schedule == sampler.schedule
     assert farthest(ours, theirs.end) < BOUND
     assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.2  # no last step next to 0
-    assert not farthest(without.end, theirs.end) < 10 * BOUND  # the LoRA does something
+    # The LoRA does something.
+    assert (name, steps) == ("ltx", 1) or not farthest(without, theirs.end) < 10 * BOUND
+
+
+def load_lora(family, state):
+    """Into the pipeline, a network at a time, as diffusers' loaders take it."""
+    for network in family.networks:
+        own = {
+            key.replace(network, "transformer", 1): factor
+            for key, factor in state.items()
+            if key.startswith(f"{network}.")
+        }
+        second = {"load_into_transformer_2": True} if network == "transformer_2" else {}
+        if hasattr(family.pipe, "load_lora_weights"):
+            family.pipe.load_lora_weights(own, **second)
+        else:
+            family.pipe.transformer.load_lora_adapter(own)
 
 
 def off(sampler):
