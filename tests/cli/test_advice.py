@@ -29,6 +29,7 @@ OF_ONE_COMMAND = {
     "cost/estimate.py": {"--gpus"},
     "hub.py": {"--push"},
     "models/diffusers/base_error.py": {"--check-base"},
+    "run/config.py": {"--check-base"},
 }
 OF_PROGRAMS = re.compile(r"pip install|torchrun|^--[a-z-]+(=[\w,.]+)?$|force-reinstall")
 
