@@ -109,6 +109,8 @@ class AdapterBank(nn.Module):
             adapter = self._add(name, rank, alpha, is_trained=True)
             adapter.initialise(generator)
         self._index_of = {target.module: index for index, target in enumerate(self.targets)}
+        # Without names and modules, which would make every layer a graph of its own when compiled.
+        self._layouts = [replace(target, name="", module=None) for target in self.targets]
         self._repeats: dict[int, int] = {}  # rows of a target's input in place of one
         hook = self._after_target  # one object for all: compiled blocks are told apart by it
         for target in self.targets:
@@ -338,7 +340,7 @@ class AdapterBank(nn.Module):
             (*self._factors(name)[index], self.adapters[name].scale, lanes)
             for name, lanes in call.runs
         )
-        return Given(self.targets[index], runs, call.num_lanes, self._repeats.get(index, 1))
+        return Given(self._layouts[index], runs, call.num_lanes, self._repeats.get(index, 1))
 
     def _after_target(self, module: nn.Module, args: tuple, kwargs: dict, y: Tensor):
         """Forward hook of a target: y plus the adapters of every lane."""
