@@ -33,10 +33,14 @@ class CompiledBlock:
             target is called, so these run uncompiled; and so do calls whose operators are watched
             (``graphs.Watch``), which a graph would hide.
         compiled: the compiled forward of the class.
+        led: the arguments, by place or name, that had a gradient in a block of the class.
     """
 
-    def __init__(self, name: str, block: nn.Module, bank: AdapterBank, compiled: Callable):
+    def __init__(
+        self, name: str, block: nn.Module, bank: AdapterBank, compiled: Callable, led: set
+    ):
         self.name, self.block, self.bank, self.compiled = name, block, bank, compiled
+        self.led = led
         inside = set(block.modules())
         self.targets = [
             (index, target.module)
@@ -47,7 +51,11 @@ class CompiledBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.bank.call_in_force()
         if call is None or self.bank.has_uncalled() or is_in_torch_dispatch_mode():
+            self._learn(args, kwargs)
             return type(self.block).forward(self.block, *args, **kwargs)
+        if torch.is_grad_enabled():
+            args = tuple(self._alike(key, x) for key, x in enumerate(args))
+            kwargs = {key: self._alike(key, x) for key, x in kwargs.items()}
         if call.rows is not None and call.rows > call.num_lanes > 1:
             for x in (*args, *kwargs.values()):
                 if isinstance(x, Tensor) and x.ndim and len(x) == call.rows:
@@ -65,6 +73,18 @@ class CompiledBlock:
             for _, module in self.targets:
                 del vars(module)["given_adapters"]
 
+    def _learn(self, args: tuple, kwargs: dict) -> None:
+        for key, x in (*enumerate(args), *kwargs.items()):
+            if isinstance(x, Tensor) and x.requires_grad:
+                self.led.add(key)
+
+    def _alike(self, key: int | str, x: Any) -> Any:
+        """The argument, with a gradient if it has one in other blocks: the first block's inputs
+        have none, which would be another graph.
+        """
+        has_none = key in self.led and not x.requires_grad
+        return x.detach().requires_grad_() if has_none else x
+
 
 def compile_blocks(
     bank: AdapterBank, backend: str | Callable, blocks: dict[str, nn.Module]
@@ -76,8 +96,9 @@ def compile_blocks(
         cls: torch.compile(cls.forward, backend=backend, fullgraph=True)
         for cls in {type(block) for block in blocks.values()}
     }
+    led: dict[type, set] = {cls: set() for cls in compiled}
     return {
-        name: CompiledBlock(name, block, bank, compiled[type(block)])
+        name: CompiledBlock(name, block, bank, compiled[type(block)], led[type(block)])
         for name, block in blocks.items()
     }
 
