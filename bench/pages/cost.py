@@ -1,5 +1,7 @@
 """Renders the tables of docs/cost.md from the committed predictions, and nothing else."""
 
+from math import inf
+
 from bench.results import markdown, read
 from mfd_fast.run.environment import ROOT
 
@@ -68,4 +70,65 @@ def published_memory() -> str:
     return f"{markdown(head, table)}\n\nWithin 10%: {near} of {len(rows)}. GB are 10^9 bytes."
 
 
-TABLES = {"published times": published_times, "published memory": published_memory}
+SECONDS = {
+    (gpu, way): f"{card} {way} s" for gpu, card in (("h100", "H100"), ("rtx4090", "RTX 4090"))
+    for way in ("eager", "captured")
+}  # fmt: skip
+
+
+def objectives() -> str:
+    """A cycle of every objective on every network, and what the integration costs over VSD."""
+    result = read("objectives_cost.json")
+    rows, limits = result["rows"], result["config"]["memory_gb"]
+    table = [
+        [row["network"], _objective(row), *_work(row), f"{row['gb_eager']:.1f}",
+         *(_seconds(row, *key, limits[key[0]]) for key in SECONDS)]
+        for row in rows
+    ]  # fmt: skip
+    head = ["network", "objective", "forwards", "TFLOP", "launches", "GB", *SECONDS.values()]
+    found = {(row["network"], _objective(row)): row for row in rows}
+    more = ", ".join(
+        f"{network} {found[network, 'mfd']['tflop'] / row['tflop'] - 1:.0%} of the operations and "
+        f"{found[network, 'mfd']['h100_eager_s'][1] / row['h100_eager_s'][1] - 1:.0%} of an H100's "
+        "seconds, launched from Python"
+        for (network, name), row in found.items()
+        if name == "vsd"
+    )
+    return f"{markdown(head, table)}\n\nThe integration adds to vsd: {more}."
+
+
+def objective_phases() -> str:
+    """The phases of SANA."""
+    table = [
+        [_objective(row), name, *_work(phase), f"{phase['gb']:.1f}",
+         *(_seconds(phase, *key) for key in SECONDS)]
+        for row in read("objectives_cost.json")["rows"]
+        if row["network"] == "sana-1.6b"
+        for name, phase in row["phases"].items()
+    ]  # fmt: skip
+    head = ["objective", "phase", "forwards", "TFLOP", "launches", "GB", *SECONDS.values()]
+    return markdown(head, table)
+
+
+def _objective(row: dict) -> str:
+    return row["objective"] + ", here" * (row["where"] == "here")
+
+
+def _work(row: dict) -> list[str]:
+    return [f"{row['forwards']:.1f}", f"{row['tflop']:.1f}", str(row["launches"])]
+
+
+def _seconds(row: dict, gpu: str, way: str, limit: float = inf) -> str:
+    """At least and at most; empty where it cannot be captured."""
+    if row.get(f"gb_{way}", 0.0) > limit:
+        return "does not fit"
+    ends = [f"{end:.3g}" for end in row.get(f"{gpu}_{way}_s", ())]
+    return "-".join(dict.fromkeys(ends))
+
+
+TABLES = {
+    "published times": published_times,
+    "published memory": published_memory,
+    "objectives": objectives,
+    "objective phases": objective_phases,
+}
