@@ -41,6 +41,7 @@ class CompiledBlock:
     ):
         self.name, self.block, self.bank, self.compiled = name, block, bank, compiled
         self.led = led
+        self.is_plain = True  # the last call with gradient, which is computed again as it was
         inside = set(block.modules())
         self.targets = [
             (index, target.module)
@@ -50,7 +51,7 @@ class CompiledBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.bank.call_in_force()
-        if call is None or self.bank.has_uncalled() or is_in_torch_dispatch_mode():
+        if call is None or self._runs_plain():
             self._learn(args, kwargs)
             return type(self.block).forward(self.block, *args, **kwargs)
         if torch.is_grad_enabled():
@@ -72,6 +73,15 @@ class CompiledBlock:
         finally:
             for _, module in self.targets:
                 del vars(module)["given_adapters"]
+
+    def _runs_plain(self) -> bool:
+        """Uncompiled, as said above; a block that is computed again runs as it did."""
+        if torch._C._current_graph_task_id() != -1:
+            return self.is_plain
+        is_plain = self.bank.has_uncalled() or is_in_torch_dispatch_mode()
+        if torch.is_grad_enabled():
+            self.is_plain = is_plain
+        return is_plain
 
     def _learn(self, args: tuple, kwargs: dict) -> None:
         for key, x in (*enumerate(args), *kwargs.items()):

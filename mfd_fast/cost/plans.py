@@ -165,10 +165,11 @@ def _swapped(
     for policy, cycle in cycles.items():
         memory = memory_of(cycle, is_captured=False, has_context=device.is_gpu)
         for kind in OPTIMIZERS:
-            others = _with_optimizer(memory, cycle, kind) - stored.rest
-            others -= sum(stored.blocks.values())
-            try:
-                swap = plan_swap(stored.blocks, stored.rest, device.memory - others)
+            all_here = stored.rest + sum(stored.blocks.values())
+            others = _with_optimizer(memory, cycle, kind) - all_here
+            try:  # at least one: with none the run would be captured, and was found too large
+                budget = min(device.memory - others, all_here - 1)
+                swap = plan_swap(stored.blocks, stored.rest, budget)
             except ValueError:
                 continue
             phases = cycle_phases(cycle, device, eager, copies_of(config, swap, device))

@@ -95,7 +95,7 @@ def test_every_number_has_a_range_and_is_finite(cls):
         name: value
         for name, value in vars(cls(**needed)).items()
         if type(value) in (int, float)
-        or name in ("max_interval", "interpolation_scale", "clip", "guidance")
+        or name in ("max_interval", "interpolation_scale", "clip", "guidance", "frames", "fps")
     }
     assert ranges(cls).keys() == numbers.keys()
     for name, value in numbers.items():

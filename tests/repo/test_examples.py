@@ -80,7 +80,8 @@ def test_a_block_runs_as_written(block, installed, tmp_path):
     last = run(["block.py"], tmp_path, installed).splitlines()[-1]
     assert Path(last).is_relative_to(installed)
     if "save_model" in block:
-        assert load_file(tmp_path / "student.safetensors")
+        assert all(map(load_file, tmp_path.rglob("student.safetensors")))
+        assert [*tmp_path.rglob("student.safetensors")]
 
 
 # What they train -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from installed import must, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--train.updates", "1", "--train.batch-size", "4", "--distill.aux-updates", "1",
-        "--num-eval-samples", "100"]  # fmt: skip
+        "--num-eval-samples", "20"]  # fmt: skip
 
 
 def test_the_sdist_holds_what_is_compiled(sdist):
