@@ -167,7 +167,7 @@ def _choices(
         return ()
     can_capture = not why_eager(config.distill, "cuda", is_sharded=config.train.shard == "fsdp")
     ways = [
-        (WAYS[host.how], cycle, replace(used, host=host))
+        (asked_by(host.how, config), cycle, replace(used, host=host))
         for host in used.hosts
         if host != used.host and (can_capture or host.how != REPLAYED.how)
     ]
@@ -179,6 +179,12 @@ def _choices(
         )
         for name, cost, way in [*ways, (f"batch {double.batch}", double, used)]
     )
+
+
+def asked_by(how: str, config: RunConfig) -> str:
+    """What is typed for a way to launch, where there is a setting."""
+    option = "--compile"
+    return option if how == COMPILED.how and option in config.SHORT else WAYS[how]
 
 
 def _memory(cycle: CycleCost, way: Efficiency) -> dict[str, float]:
