@@ -1,3 +1,4 @@
+# hadolint global ignore=DL3008,DL3013
 # The steps of docs/install.md on NVIDIA's CUDA base, with nvcc for the compiled operators.
 #   docker build -t mfd-fast . && docker run --gpus all -v "$PWD/runs:/runs" mfd-fast distill digits --out /runs/digits
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
