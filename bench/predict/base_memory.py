@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from bench.predict.predicted_memory import SMALL_HEAP, Case, measured, predicted
+from bench.predict.predicted_memory import SMALL_HEAP, Case, compared, measured, predicted
 from bench.running import Options, elsewhere
 from mfd_fast.backbones.quantized import FORMATS, freeze_linears
 from mfd_fast.models.diffusers.backbone import backbone_of
@@ -57,14 +57,7 @@ def measured_base(base: str) -> int:
 def row(base: str) -> dict:
     """Both numbers of one format, in megabytes."""
     parts = predicted(Case(partial(flux, base), 1))
-    total, growth = sum(parts.values()), elsewhere(measured_base, base, **SMALL_HEAP)
-    return {
-        "base": base,
-        "predicted_mb": round(total / 1e6, 1),
-        "measured_mb": round(growth / 1e6, 1),
-        "ratio": round(total / growth, 3),
-        "parts_mb": {part: round(size / 1e6, 2) for part, size in parts.items()},
-    }
+    return {"base": base} | compared(parts, elsewhere(measured_base, base, **SMALL_HEAP))
 
 
 def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:

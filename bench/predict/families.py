@@ -12,7 +12,7 @@ import torch
 from bench.running import Options
 from mfd_fast.cost import device_named
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.plans import CONTEXT_BYTES, cycle_of, profiles_of
+from mfd_fast.cost.plans import CONTEXT_BYTES, best_of, cycle_of, profiles_of
 from mfd_fast.cost.trace import Trace
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers.family import FamilyNetwork
@@ -46,10 +46,9 @@ def row(name: str) -> dict:
         device = device_named(gpu)
         efficiency = assumed(is_captured=is_captured)
         profiles = profiles_of(cycles, device, efficiency, is_captured=is_captured)
-        fitting = [p for p in profiles if p.bytes <= device.memory]
-        best = next(iter(fitting), min(profiles, key=lambda p: p.bytes))
+        best = best_of(profiles, device)
         made[gpu] = {
-            "fits": bool(fitting),
+            "fits": best.bytes <= device.memory,
             "text_fits": beside["text encoders"] + CONTEXT_BYTES <= device.memory,
             "gb": round(best.bytes / 1e9, 1),
             "hours": [round(CYCLES * end / 3600, 2) for end in best.seconds],

@@ -156,10 +156,13 @@ def measured_case(name: str, device: str) -> int:
 def row(name: str, batch: int, device: str = "cpu") -> dict:
     """Both numbers of one case, in megabytes."""
     parts = predicted(cases_of(device)[name])
-    total, growth = sum(parts.values()), measured_elsewhere(name, device)
+    return {"case": name, "batch": batch} | compared(parts, measured_elsewhere(name, device))
+
+
+def compared(parts: dict[str, float], growth: int) -> dict:
+    """Predicted bytes by part beside the measured ones."""
+    total = sum(parts.values())
     return {
-        "case": name,
-        "batch": batch,
         "predicted_mb": round(total / 1e6, 1),
         "measured_mb": round(growth / 1e6, 1),
         "ratio": round(total / growth, 3),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from bench.running import Options
 from mfd_fast.cost import device_named
 from mfd_fast.cost.devices import assumed
-from mfd_fast.cost.plans import cycles_of, profiles_of
+from mfd_fast.cost.plans import best_of, cycles_of, profiles_of
 from mfd_fast.models import preset
 from mfd_fast.run.maker import run_is_captured
 
@@ -34,10 +34,9 @@ def row(name: str) -> dict:
         device = device_named(gpu)
         efficiency = assumed(is_captured=is_captured)
         profiles = profiles_of(cycles, device, efficiency, is_captured=is_captured)
-        fitting = [p for p in profiles if p.bytes <= device.memory]
-        best = next(iter(fitting), min(profiles, key=lambda p: p.bytes))
+        best = best_of(profiles, device)
         made[gpu] = {
-            "fits": bool(fitting),
+            "fits": best.bytes <= device.memory,
             "gb": round(best.bytes / 1e9, 1),
             "hours": [round(number * end / 3600, 3) for end in best.seconds],
             "activation": best.activation,

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond
-from mfd_fast.models.diffusers.video import Video
+from mfd_fast.models.diffusers.video import MaskedText
 
 
-class LTX(Video):
+class LTX(MaskedText):
     """cond: ``text [B, 128, C]`` and ``mask [B, 128]``, masked exactly."""
 
-    names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
     patch: ClassVar = 1
     comfyui: ClassVar = {
         name: (name,)
@@ -40,14 +39,6 @@ class LTX(Video):
     def sample_shape(self) -> tuple[int, ...]:
         """``[frames x h x w, C]``."""
         return self.latent_frames * self.rows * self.columns, self.config.in_channels
-
-    def encode_text(self, prompts: list[str]) -> Cond:
-        text, mask, *_ = self.pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.default("max_sequence_length"),
-        )
-        return {"text": text, "mask": mask}
 
     def blank(self, rows: int) -> Cond:
         text = self.zeros(rows, self.default("max_sequence_length"), self.config.caption_channels)

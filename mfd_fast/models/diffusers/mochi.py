@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from mfd_fast.models.diffusers.family import Cond, by_channel
 from mfd_fast.models.diffusers.lumina2 import AllTrue
 from mfd_fast.models.diffusers.record import replaced
-from mfd_fast.models.diffusers.video import Video
+from mfd_fast.models.diffusers.video import MaskedText
 
 
-class Mochi(Video):
+class Mochi(MaskedText):
     """cond: ``text [B, 256, C]`` and ``mask [B, 256]``: padding is dropped, rows share a batch.
 
     Its schedule divides by zero for a single step: a student has two or more.
     """
 
-    names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
     rate: ClassVar = 30.0
     comfyui: ClassVar = None
     least_steps: ClassVar = 2
@@ -32,14 +31,6 @@ class Mochi(Video):
 
     def default_size(self) -> tuple[int, int]:
         return self.pipe.default_height, self.pipe.default_width
-
-    def encode_text(self, prompts: list[str]) -> Cond:
-        text, mask, *_ = self.pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.default("max_sequence_length"),
-        )
-        return {"text": text, "mask": mask}
 
     def blank(self, rows: int) -> Cond:
         text = self.zeros(rows, self.default("max_sequence_length"), self.config.text_embed_dim)

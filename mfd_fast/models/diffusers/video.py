@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mfd_fast.models.diffusers.family import Family
+from mfd_fast.models.diffusers.family import Cond, Family
 
 
 class Video(Family):
@@ -66,6 +66,20 @@ class Video(Family):
     def decoded(self, x: Tensor) -> Tensor:
         """What the VAE makes of denormalised latents, ``[B, 3, frames, height, width]``."""
         return self.pipe.vae.decode(x, return_dict=False)[0]
+
+
+class MaskedText(Video):
+    """A pipeline whose text is ``text [B, L, C]`` with a ``mask [B, L]``."""
+
+    names: ClassVar[dict[str, str]] = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
+
+    def encode_text(self, prompts: list[str]) -> Cond:
+        text, mask, *_ = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.default("max_sequence_length"),
+        )
+        return {"text": text, "mask": mask}
 
 
 @contextmanager
