@@ -51,12 +51,12 @@ def parameters() -> int:
 
 def measured_base(base: str) -> int:
     """Bytes, in this process."""
-    return measured(Case(partial(flux, base), 1))
+    return measured(Case(partial(flux, base), 1, guidance=1.0))
 
 
 def row(base: str) -> dict:
     """Both numbers of one format, in megabytes."""
-    parts = predicted(Case(partial(flux, base), 1))
+    parts = predicted(Case(partial(flux, base), 1, guidance=1.0))
     return {"base": base} | compared(parts, elsewhere(measured_base, base, **SMALL_HEAP))
 
 

@@ -10,6 +10,7 @@ of a captured run, what it keeps reserved afterwards, for graphs keep their pool
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,11 +61,14 @@ def occfm_tiny(device: str) -> Shapes:
 
 
 class Case(NamedTuple):
-    """A model by the device it is on, samples an update, and whether its updates are graphs."""
+    """A model by the device it is on, samples an update, whether its updates are graphs, and the
+    guidance (1 where the network is told it).
+    """
 
     make: Callable[[str], Shapes]
     batch: int
     is_captured: bool = False
+    guidance: float = DistillConfig().guidance
 
 
 mini = partial(networks.make_sana, "mini", dtype=torch.float32)
@@ -95,9 +99,13 @@ def settings() -> DistillConfig:
     return DistillConfig(aux_updates=1, student_steps=2, step_size=0.25, ema_decay=0.99)
 
 
+def settings_of(case: Case) -> DistillConfig:
+    return replace(settings(), guidance=case.guidance)
+
+
 def predicted(case: Case) -> dict[str, float]:
     """Bytes by component; a GPU's context is left out, as it is in what is measured."""
-    cycle = trace_cycle(case.make("meta"), settings(), case.batch)
+    cycle = trace_cycle(case.make("meta"), settings_of(case), case.batch)
     return memory_of(cycle, is_captured=case.is_captured, has_context=False)
 
 
@@ -130,7 +138,7 @@ def run(case: Case, device: str, batch: int = 0) -> Distiller:
     """A few updates, of ``case.batch`` samples if ``batch`` is 0."""
     model = case.make(device)
     kind = CapturedDistiller if case.is_captured else Distiller
-    distiller = kind(model.backbone, settings())
+    distiller = kind(model.backbone, settings_of(case))
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # making a network in 16 bits passes through float32
