@@ -125,7 +125,7 @@ class FrozenLinear(nn.Linear):
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
         """Keep a weight ``[out, in]``, quantised where it is."""
-        wide = weight.detach().float()
+        wide = weight.detach().to(torch.float32, copy=True)  # changed in place: layers are large
         if self.base == "bf16":
             parts = [weight.detach().to(self.dtype).contiguous()]
         elif self.base == "nf4":
@@ -135,11 +135,10 @@ class FrozenLinear(nn.Linear):
             parts = [made[0], made[1].absmax.float()]
         else:
             dtype, least, most, largest = CODES[self.base]
-            scale = wide.abs().amax(1, keepdim=True) / largest
+            scale = torch.maximum(wide.amax(1, keepdim=True), -wide.amin(1, keepdim=True)) / largest
             scale = scale.clamp_min(torch.finfo(torch.float32).eps)
-            codes = wide * (1.0 / scale) if self.base == "int8" else wide / scale
-            codes = codes.round() if self.base == "int8" else codes
-            parts = [codes.clamp(least, most).to(dtype), scale]
+            codes = wide.mul_(1.0 / scale).round_() if self.base == "int8" else wide.div_(scale)
+            parts = [codes.clamp_(least, most).to(dtype), scale]
         for part, begin in zip(parts, (0, self.start), strict=False):
             flat = part.reshape(-1).view(torch.uint8)
             self.stored[begin : begin + len(flat)].copy_(flat)
