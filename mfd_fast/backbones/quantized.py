@@ -29,6 +29,7 @@ FORMATS = ("bf16", "int8", "float8", "nf4")  # from the largest
 COMPARED = ("bf16", "int8", "nf4")  # by auto; float8 is as large as int8 and loses more
 BLOCK = 64  # numbers of nf4 that share a scale
 ALIGN = 16  # bytes
+CPU_ROWS = 256  # of a weight that are scaled at once
 # Codes by rows: their dtype, least and most, and what the largest number of a row becomes.
 CODES = {
     "int8": (torch.int8, -128.0, 127.0, 127.5),
@@ -166,7 +167,11 @@ class FrozenLinear(nn.Linear):
             weight = weight[: shape[0] * shape[1]].view(shape)
         else:
             codes = codes[: shape[0] * shape[1]].view(CODES[self.base][0]).view(shape)
-            weight = codes.to(self.dtype).mul_(scales.unsqueeze(1))
+            weight = codes.to(self.dtype)
+            # A CPU's product of two dtypes makes two float32 copies of what it multiplies.
+            rows = CPU_ROWS if weight.device.type == "cpu" else len(weight)
+            for some, scale in zip(weight.split(rows), scales.split(rows), strict=True):
+                some.mul_(scale.unsqueeze(1))
         return weight if self.lora_a is None else torch.addmm(weight, self.lora_b, self.lora_a)
 
     def add_lora(self, a: Tensor, b: Tensor) -> None:
