@@ -117,8 +117,23 @@ def _run(name: str, argv: list[str]) -> None:
     command.parse(typed, argv[1:], f"{prog} {typed}")()
 
 
+# Optional packages, by the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(("diffusers", "transformers", "peft", "accelerate", "datasets"), "sana"),
+    **dict.fromkeys(("sklearn", "matplotlib"), "digits"),
+    **dict.fromkeys(("torchmetrics", "scipy"), "eval"),
+    "PIL": "occfm",
+}
+
+
 def sentence(error: Exception, argv: list[str]) -> str:
-    """What to say of an error; the system's own, "[Errno 2] ...", with the option it is about."""
+    """What to say of an error: of a package that is missing, how to get it; the system's own,
+    "[Errno 2] ...", with the option it is about.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if extra := EXTRAS.get(package):
+            return f"this needs {package}, which is missing; run: pip install 'mfd-fast[{extra}]'"
     if not isinstance(error, OSError) or not error.filename or not error.strerror:
         return str(error)
     path = os.fsdecode(error.filename)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,18 @@ def test_a_read_only_folder_is_refused(tmp_path, capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert "compiled operators" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "extra"), sorted(cli.EXTRAS.items()))
+def test_a_package_of_an_extra_is_asked_for(package, extra, monkeypatch, capsys):
+    names = {"sklearn": "scikit-learn", "PIL": "pillow"}
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (listed,) = re.findall(rf"^{extra} = \[(.*)\]", text, re.MULTILINE)
+    assert re.search(rf'"{names.get(package, package)}\b', listed)
+
+    def without(*_):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=f"{package}.utils")
+
+    monkeypatch.setattr(cli, "_run", without)
+    assert cli.main(["info"]) == 2
+    assert f"pip install 'mfd-fast[{extra}]'" in capsys.readouterr().err
