@@ -22,9 +22,8 @@ from mfd_fast.files.whole import write_text
 from mfd_fast.run.config import TrainConfig
 from mfd_fast.run.environment import commit
 from mfd_fast.run.loop import Progress, train
-from mfd_fast.run.maker import make_distiller
 from studies.digits_runs import digits_config, measured
-from studies.savings import ByNeed, SeveralEnds, TwoNodes
+from studies.savings import ByNeed, GuidedWithin, SeveralEnds, TwoNodes
 from studies.toy_runs import energy_distance, teacher_samples, toy_config, toy_teacher
 from studies.toys import sample_toy
 
@@ -41,7 +40,7 @@ class Setting:
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    objective: type[SeveralEnds] | type[TwoNodes] | None = None
+    objective: type[SeveralEnds] | type[TwoNodes] | type[GuidedWithin] | None = None
     by_need: bool = False
 
 
@@ -49,8 +48,11 @@ def digits(setting: Setting, seed: int) -> dict[str, Any]:
     """The digits preset: 400 updates of 64 samples."""
     config = digits_config(updates=400, seed=seed, **setting.overrides)
     task = config.task()
-    distiller = make_distiller(task.backbone(), config.distill)
-    return followed(distiller, task.conditions(), config.train, (100, 200, 300, 400), of_digits)
+    objective = setting.objective and setting.objective(config.distill)
+    distiller = Distiller(task.backbone(), config.distill, objective=objective)
+    points = (100, 200, 300, 400)
+    result = followed(distiller, task.conditions(), config.train, points, of_digits)
+    return counted(result, objective)
 
 
 def of_digits(distiller: Distiller) -> Quality:
@@ -78,7 +80,11 @@ def toy(
         point = {"updates": loop.updates, **quality(distiller)}
         return {"evaluations": evaluations(config, loop.batch_size) | spent, "curve": [point]}
     points = (updates // 3, updates * 2 // 3, updates)
-    result = followed(distiller, lambda n: cond, loop, points, quality)
+    return counted(followed(distiller, lambda n: cond, loop, points, quality), objective)
+
+
+def counted(result: dict[str, Any], objective: Any) -> dict[str, Any]:
+    """The result of a run with an objective that counts its own evaluations, or with none."""
     if objective:
         lanes = len(objective.lanes)
         result["evaluations"]["student/integrate"] = lanes * objective.evaluations()
@@ -104,6 +110,7 @@ PLACES: dict[str, Callable[[Setting, int], dict[str, Any]]] = {
     "digits": digits,
     "gaussian_mixture": partial(toy, "gaussian_mixture"),
     "two_moons": partial(toy, "two_moons"),
+    "two_moons, 4 steps": partial(toy, "two_moons"),
     "two_moons, batch 1": partial(toy, "two_moons", batch=1, updates=300),
 }
 

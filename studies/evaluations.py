@@ -32,6 +32,7 @@ from typing import Any
 from studies.digits_runs import mean_and_spread
 from studies.evaluation_runs import Setting, result_of
 from studies.plots import BLUE, COLOURS, GREY, ORANGE, Figure, titled
+from studies.savings import GuidedWithin
 from studies.verdict import Verdict
 
 CLAIM = "None in the paper: Euler steps and new samples for each auxiliary update are given"
@@ -41,7 +42,11 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # Student's t, two-sided, by d
 AB2 = {"solver": "ab2", "step_size": 0.2}
 COMBINED = {"AB2, a cycle's samples": Setting(AB2 | {"aux_samples": "cycle"})}
 PRESET = {"preset": Setting()}
-SETTINGS = {"digits": PRESET | COMBINED}
+ALONE = {
+    "AB2, h = .2": Setting(AB2),
+    "guided where .2 < t < .8": Setting(objective=GuidedWithin),
+}  # beside it, alone; neither can win
+SETTINGS = {"digits": PRESET | COMBINED | ALONE}
 LOWER_IS_BETTER = {
     "FD": True, "recall": False, "to teacher": True, "to data": True, "IoU": False, "mIoU": False,
 }  # fmt: skip
