@@ -20,4 +20,5 @@ STUDIES: dict[str, str] = {
     "evaluations": "evaluations",
     "evaluations-toys": "evaluations_toys",
     "evaluations-occfm": "evaluations_occfm",
+    "evaluations-sana": "evaluations_sana",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.evaluation_runs import Setting
-from studies.evaluations import AB2, COMBINED, NUM_SEEDS, PRESET, holds, intervals, measured
+from studies.evaluations import AB2, COMBINED, NUM_SEEDS, PRESET, TOYS, holds, intervals, measured
 from studies.plots import Figure
 from studies.savings import SeveralEnds, TwoNodes
 from studies.verdict import Verdict
@@ -42,8 +42,7 @@ def of_four_steps(settings: dict[str, Setting]) -> dict[str, Setting]:
 
 
 SETTINGS = {
-    "gaussian_mixture": PRESET | ALONE | COMBINED,
-    "two_moons": PRESET | ALONE | COMBINED,
+    **dict.fromkeys(TOYS, PRESET | ALONE | COMBINED),
     FOUR: of_four_steps(
         PRESET
         | {SHARED: ALONE[SHARED]}
@@ -69,7 +68,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 
 def judge(figures: dict[str, Any]) -> Verdict:
-    toys = [rows for place, rows in figures.items() if place not in (ONE, FOUR)]
+    toys = [figures[place] for place in TOYS]
     paying = [
         name
         for name in toys[0]

@@ -95,8 +95,8 @@ def write_report(folder: Path, path: Path) -> None:
 def write_page(name: str, folder: Path, path: Path) -> None:
     """The Markdown page of a study that has one of its own, from what lies in ``folder``."""
     file = folder / f"{name}.json"
-    page = module_of(name).page(json.loads(file.read_text()), os.path.relpath(file, path.parent))
-    write_text(path, page)
+    link = os.path.relpath(file, path.parent)
+    write_text(path, module_of(name).page(json.loads(file.read_text()), link, folder))
 
 
 def _capitalised(sentence: str) -> str:

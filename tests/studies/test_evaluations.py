@@ -15,7 +15,7 @@ from mfd_fast.flow.solvers import plan
 from mfd_fast.models import preset
 from mfd_fast.run.config import with_fast
 from mfd_fast.testing.numerics import assert_as_accurate
-from studies import evaluation_page, evaluations, evaluations_toys
+from studies import evaluation_page, evaluations, evaluations_sana, evaluations_toys
 from studies.savings import ByNeed, GuidedWithin, SeveralEnds, TwoNodes, smaller_times
 
 CONFIG = DistillConfig(guidance=1.0, step_size=0.05, solver="ab2")
@@ -187,18 +187,48 @@ def test_a_quality_is_reached_between_two_points():
     assert evaluations.reached(row(1.0), "FD", 1.0) is None
 
 
-def test_the_page_names_worse_and_paying_settings():
-    found = figures(a=row(0.4), b=row(0.3, FD=WORSE, **{"to teacher": WORSE}))
-    document = {"figures": found, "device": "x", "torch": "2", "date": "2026-01-01T00"}
-    page = evaluation_page.page(document, "../r/evaluations.json")
-    for name, word in (("a", "pays"), ("b", "worse")):
-        lines = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
-        assert len(lines) == 1 and all(f"| {word} |" in line for line in lines)
-    assert "../r/evaluations.png" in page and "The rule, written down before" in page
+def test_a_table_names_worse_and_paying_settings():
+    rows = {"preset": row(1.0), "a": row(0.4), "b": row(0.3, FD=WORSE), "c": row(1.0)}
+    table = evaluation_page.table(rows, ("FD",), ("recall",)).splitlines()
+    for line, word in zip(table[3:], ("pays", "worse", "holds"), strict=True):
+        assert f"| {word} |" in line
+
+
+@pytest.mark.parametrize(
+    ("toys", "sentence"),
+    [((BETTER, BETTER), "**a** wins"), ((BETTER, WORSE), "a is worse on two_moons")],
+)
+def test_a_winner_holds_on_the_digits_and_on_both_toys(toys, sentence, monkeypatch):
+    monkeypatch.setattr(evaluations, "COMBINED", ["a"])
+    found = {
+        place: {"a": row(0.4, **{"to teacher": of})}
+        for place, of in zip(evaluations.TOYS, toys, strict=True)
+    }
+    digits = figures(a=row(0.4))["places"]
+    assert sentence in evaluation_page.winner(digits, found)
+    assert "no setting wins" in evaluation_page.winner(figures(a=row(0.6))["places"], found)
+
+
+def test_the_page_asks_for_what_was_not_run(tmp_path):
+    with pytest.raises(ValueError, match="run python -m studies evaluations-toys --out"):
+        evaluation_page.figures_of(tmp_path, "toys")
+
+
+def test_a_small_sana_learns_from_prompts_and_is_distilled(tmp_path, monkeypatch):
+    sizes = {"updates": 1, "batch_size": 2, "ema_decay": 0.5}
+    monkeypatch.setattr(evaluations_sana, "TEACHER", replace(evaluations_sana.TEACHER, **sizes))
+    for name, value in {"BATCHES": {2: 2}, "TEACHER_STEPS": 1, "NUM_SAMPLES": 20}.items():
+        monkeypatch.setattr(evaluations_sana, name, value)
+    base = evaluations_sana.config_of(2, 0)
+    config = replace(base, distill=replace(base.distill, aux_updates=1, step_size=0.5))
+    (*_, end) = evaluations_sana.distilled(config, tmp_path)["curve"]
+    before = evaluations_sana.quality_of(tmp_path, evaluations_sana.started(config, tmp_path))
+    assert end["updates"] == 2 and end["FD"] != before["FD"]
 
 
 def test_the_page_is_the_committed_result():
     root = Path(__file__).parents[2]
     link = "bench/results/studies/evaluations.json"
-    page = evaluations.page(json.loads((root / link).read_text()), f"../{link}")
+    path = root / link
+    page = evaluations.page(json.loads(path.read_text()), f"../{link}", path.parent)
     assert (root / "docs/evaluations.md").read_text() == page
