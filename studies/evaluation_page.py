@@ -23,12 +23,15 @@ def page(document: dict[str, Any], link: str, folder: Path) -> str:
     """The page; ``link`` leads to the JSON file, which lies in ``folder`` beside the others."""
     digits = document["figures"]["places"]
     toys, occfm, sana = (figures_of(folder, name) for name in ("toys", "occfm", "sana"))
+    small = (occfm["rows"], sana["rows"])
     return TEMPLATE.read_text().format(
         link=link.rpartition("/")[0],
         device=document["device"],
         torch=document["torch"],
         date=document["date"][:10],
-        commits=", ".join(sorted(commits(digits, toys, {"": occfm["rows"]}, sana["places"]))),
+        commits=", ".join(
+            sorted(commits(digits, toys, {"occfm": occfm["rows"], "sana": sana["rows"]}))
+        ),
         rule=rule(),
         winner=winner(digits, toys),
         digits=table(digits["digits"], study.DECIDES["digits"]),
@@ -37,10 +40,7 @@ def page(document: dict[str, Any], link: str, folder: Path) -> str:
             for place, rows in toys.items()
         ),
         occfm=table(occfm["rows"], ("IoU", "mIoU")),
-        sana="\n\n".join(
-            f"### {place}\n\n{table(rows, study.DECIDES['digits'])}"
-            for place, rows in sana["places"].items()
-        ),
+        sana=table(sana["rows"], study.DECIDES["digits"]),
         start_occfm="IoU {IoU:.2f}, mIoU {mIoU:.2f}".format(**occfm["start"]),
         start_sana="FD {FD:.2f}, recall {recall:.3f}".format(**sana["start"]),
     )
@@ -57,15 +57,9 @@ def figures_of(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text())["figures"]
 
 
-def commits(*figures: dict[str, Rows]) -> set[str]:
+def commits(*places: Rows) -> set[str]:
     """Of all runs."""
-    return {
-        run["commit"]
-        for places in figures
-        for rows in places.values()
-        for row in rows.values()
-        for run in row["runs"]
-    }
+    return {run["commit"] for rows in places for row in rows.values() for run in row["runs"]}
 
 
 def rule() -> str:

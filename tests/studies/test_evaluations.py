@@ -217,10 +217,10 @@ def test_the_page_asks_for_what_was_not_run(tmp_path):
 def test_a_small_sana_learns_from_prompts_and_is_distilled(tmp_path, monkeypatch):
     sizes = {"updates": 1, "batch_size": 2, "ema_decay": 0.5}
     monkeypatch.setattr(evaluations_sana, "TEACHER", replace(evaluations_sana.TEACHER, **sizes))
-    for name, value in {"BATCHES": {2: 2}, "TEACHER_STEPS": 1, "NUM_SAMPLES": 20}.items():
+    few = {"BATCH": 2, "UPDATES": 2, "TEACHER_STEPS": 1, "NUM_SAMPLES": 20}
+    for name, value in few.items():
         monkeypatch.setattr(evaluations_sana, name, value)
-    base = evaluations_sana.config_of(2, 0)
-    config = replace(base, distill=replace(base.distill, aux_updates=1, step_size=0.5))
+    config = evaluations_sana.config_of(0, aux_updates=1, step_size=0.5)
     (*_, end) = evaluations_sana.distilled(config, tmp_path)["curve"]
     before = evaluations_sana.quality_of(tmp_path, evaluations_sana.started(config, tmp_path))
     assert end["updates"] == 2 and end["FD"] != before["FD"]
