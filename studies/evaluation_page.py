@@ -29,9 +29,7 @@ def page(document: dict[str, Any], link: str, folder: Path) -> str:
         device=document["device"],
         torch=document["torch"],
         date=document["date"][:10],
-        commits=", ".join(
-            sorted(commits(digits, toys, {"occfm": occfm["rows"], "sana": sana["rows"]}))
-        ),
+        commits=", ".join(sorted(commits(*digits.values(), *toys.values(), *small))),
         rule=rule(),
         winner=winner(digits, toys),
         digits=table(digits["digits"], study.DECIDES["digits"]),

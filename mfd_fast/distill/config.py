@@ -93,8 +93,8 @@ class DistillConfig(Settings):
     """Pairs (t, eps) that the auxiliary learns from for every sample generated (the paper: 1)."""
     aux_samples: Literal["new", "cycle", "student"] = "new"
     """Whose samples the auxiliary learns from: every update generates its own (new, the paper);
-    the first of a cycle does for all of them (cycle: exact, the student stands still); those that
-    the student's last updates made (student: stale, nothing is generated).
+    the first of a cycle does for all of them (cycle: the student stands still, but small batches
+    learn less); those that the student's last updates made (student: stale, nothing is generated).
     """
     aux_kept: Count = 1
     """aux_samples student: of how many student updates the samples are kept and taken in turn."""

@@ -174,10 +174,9 @@ def test_a_saving_pays_if_it_holds_on_both_toys(tmp_path):
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_fast_is_what_the_study_combines():
-    (setting,) = evaluations.COMBINED.values()
+def test_fast_is_the_solver_alone():
     base = preset("digits")
-    assert with_fast(base).distill == replace(base.distill, **setting.overrides)
+    assert with_fast(base).distill == replace(base.distill, **evaluations.AB2)
 
 
 def test_a_quality_is_reached_between_two_points():
