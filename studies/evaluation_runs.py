@@ -22,8 +22,9 @@ from mfd_fast.files.whole import write_text
 from mfd_fast.run.config import TrainConfig
 from mfd_fast.run.environment import commit
 from mfd_fast.run.loop import Progress, train
+from mfd_fast.run.maker import make_distiller
 from studies.digits_runs import digits_config, measured
-from studies.savings import ByNeed, GuidedWithin, SeveralEnds, TwoNodes
+from studies.savings import ByNeed, SeveralEnds, TwoNodes
 from studies.toy_runs import energy_distance, teacher_samples, toy_config, toy_teacher
 from studies.toys import sample_toy
 
@@ -40,7 +41,7 @@ class Setting:
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    objective: type[SeveralEnds] | type[TwoNodes] | type[GuidedWithin] | None = None
+    objective: type[SeveralEnds] | type[TwoNodes] | None = None
     by_need: bool = False
 
 
@@ -48,11 +49,8 @@ def digits(setting: Setting, seed: int) -> dict[str, Any]:
     """The digits preset: 400 updates of 64 samples."""
     config = digits_config(updates=400, seed=seed, **setting.overrides)
     task = config.task()
-    objective = setting.objective and setting.objective(config.distill)
-    distiller = Distiller(task.backbone(), config.distill, objective=objective)
-    points = (100, 200, 300, 400)
-    result = followed(distiller, task.conditions(), config.train, points, of_digits)
-    return counted(result, objective)
+    distiller = make_distiller(task.backbone(), config.distill)
+    return followed(distiller, task.conditions(), config.train, (100, 200, 300, 400), of_digits)
 
 
 def of_digits(distiller: Distiller) -> Quality:
@@ -80,11 +78,7 @@ def toy(
         point = {"updates": loop.updates, **quality(distiller)}
         return {"evaluations": evaluations(config, loop.batch_size) | spent, "curve": [point]}
     points = (updates // 3, updates * 2 // 3, updates)
-    return counted(followed(distiller, lambda n: cond, loop, points, quality), objective)
-
-
-def counted(result: dict[str, Any], objective: Any) -> dict[str, Any]:
-    """The result of a run with an objective that counts its own evaluations, or with none."""
+    result = followed(distiller, lambda n: cond, loop, points, quality)
     if objective:
         lanes = len(objective.lanes)
         result["evaluations"]["student/integrate"] = lanes * objective.evaluations()

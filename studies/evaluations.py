@@ -33,7 +33,6 @@ from typing import Any
 from studies.digits_runs import mean_and_spread
 from studies.evaluation_runs import Setting, kept, result_of
 from studies.plots import BLUE, COLOURS, GREY, ORANGE, Figure, titled
-from studies.savings import GuidedWithin
 from studies.verdict import Verdict
 
 CLAIM = "None in the paper: Euler steps and new samples for each auxiliary update are given"
@@ -44,10 +43,7 @@ AB2 = {"solver": "ab2", "step_size": 0.2}
 SHARED_TOO = "AB2, a cycle's samples"
 COMBINED = {SHARED_TOO: Setting(AB2 | {"aux_samples": "cycle"})}
 PRESET = {"preset": Setting()}
-ALONE = {
-    "AB2, h = .2": Setting(AB2),
-    "guided where .2 < t < .8": Setting(objective=GuidedWithin),
-}  # beside it, alone; neither can win
+ALONE = {"AB2, h = .2": Setting(AB2)}  # beside it; cannot win
 SETTINGS = {"digits": PRESET | COMBINED | ALONE}
 LOWER_IS_BETTER = {
     "FD": True, "recall": False, "to teacher": True, "to data": True, "IoU": False, "mIoU": False,

@@ -5,9 +5,6 @@ several ends    one trajectory from t serves several r: with t the larger of two
                 pair (t, r_j) its law, so the mean of their gradients has the same expectation, and
                 the nodes of the longest trajectory pass through all of them
 two nodes       every interval takes two AB2 steps, however long: u = v_0 / 4 + 3 v_1 / 4
-guided within   the teacher is guided where .2 < t < .8 only (Kynkaanniemi et al. 2024 do so in
-                sampling): elsewhere its velocity is the conditional one, so that the third lane
-                is not needed; what is distilled is another teacher
 by need         as many auxiliary updates as keep its lag (its loss after the student moved, over
                 that at the end of the cycle) below a bound
 """
@@ -109,28 +106,6 @@ class TwoNodes(MeanFlowDistillation):
         loss = mfd_loss(x_t, teacher, aux)
         distance = (teacher - aux).flatten(1).norm(dim=1).mean()
         return loss, {"student_loss": loss.detach(), "distance": distance}
-
-
-class GuidedWithin(MeanFlowDistillation):
-    """Guidance at the times between ``LOW`` and ``HIGH`` alone; all lanes are evaluated here."""
-
-    LOW, HIGH = 0.2, 0.8
-
-    def within(self, t: Tensor) -> Tensor:
-        return (t > self.LOW) & (t < self.HIGH)
-
-    def evaluations(self, draws: int = 4096) -> float:
-        """Expected evaluations that are needed, of a lane: the mean of the three."""
-        table = self.draw(draws, Generator().manual_seed(0))
-        taken = [table.times[k, :n] for k, n in enumerate(table.active)]
-        steps = sum(map(len, taken))
-        guided = sum(int(self.within(times).sum()) for times in taken)
-        return (2 * steps + guided) / 3 / draws
-
-    def velocity(self, backbone: Backbone, prepared: Prepared, x: Tensor, t: Tensor) -> Tensor:
-        cond, uncond, aux = super().velocity(backbone, prepared, x, t).unbind(1)
-        inside = self.within(t).view(-1, *(1,) * (cond.ndim - 1))
-        return torch.stack([cond, torch.where(inside, uncond, cond), aux], dim=1)
 
 
 class ByNeed:

@@ -16,7 +16,7 @@ from mfd_fast.models import preset
 from mfd_fast.run.config import with_fast
 from mfd_fast.testing.numerics import assert_as_accurate
 from studies import evaluation_page, evaluations, evaluations_sana, evaluations_toys
-from studies.savings import ByNeed, GuidedWithin, SeveralEnds, TwoNodes, smaller_times
+from studies.savings import ByNeed, SeveralEnds, TwoNodes, smaller_times
 
 CONFIG = DistillConfig(guidance=1.0, step_size=0.05, solver="ab2")
 
@@ -65,36 +65,6 @@ def mean_flow(ends, dtype, **solver):
 def test_a_saving_has_the_gradient_of_its_intervals_one_by_one(make, ends, solver):
     actual, eager = gradient(make, ends, **solver), mean_flow(ends, torch.float32, **solver)
     assert_as_accurate(actual, eager, mean_flow(ends, torch.float64, **solver))
-
-
-def test_guided_within_is_unguided_outside_and_counts_the_third_lane_inside_alone(monkeypatch):
-    config = DistillConfig(guidance=2.0, step_size=0.05)
-    objective, guided = GuidedWithin(config), MeanFlowDistillation(config)
-    backbone = CopiedBackbone(ConditionalGaussian(), sample_shape=(2,), null_cond=torch.zeros_like)
-    prepared = backbone.prepare(torch.ones(3, 1))
-    x, t = torch.randn(3, 3, 2, generator=Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
-    x[:, 1] = x[:, 0]
-    ours, theirs = (of.velocity(backbone, prepared, x, t) for of in (objective, guided))
-    assert not torch.equal(theirs[:, 0], theirs[:, 1])
-    assert torch.equal(ours[:, [0, 2]], theirs[:, [0, 2]])
-    assert torch.equal(ours[1, 1], theirs[1, 1])
-    assert torch.equal(ours[[0, 2], 1], theirs[[0, 2], 0])
-    table = objective.draw(4096, Generator().manual_seed(0))
-    steps = sum(table.active) / 4096
-    assert 2 / 3 * steps < objective.evaluations() < steps
-    monkeypatch.setattr(GuidedWithin, "LOW", -1.0)
-    monkeypatch.setattr(GuidedWithin, "HIGH", 2.0)
-    assert objective.evaluations() == pytest.approx(steps)
-
-
-class ConditionalGaussian(GaussianNetwork):
-    """Its mean is the condition, zero without one."""
-
-    def __init__(self):
-        super().__init__(0.3, 0.5, dim=2)
-
-    def forward(self, x, t, cond):
-        return super().forward(x - cond, t, cond)
 
 
 class Cycles:
