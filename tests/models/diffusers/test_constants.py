@@ -9,6 +9,7 @@ from small_networks import draw_adapter
 from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
 
 from mfd_fast import AUX, STUDENT, TEACHER, TEACHER_UNCOND
+from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.family import family_of
@@ -103,6 +104,19 @@ def test_an_evaluation_does_less(name):
     print(f"{name}: {flops} of {all_flops} FLOP, {operators} of {all_operators} operators")
     assert flops < all_flops
     assert operators < all_operators
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "krea2", "sana", "wan"])
+def test_they_can_be_made_inside_a_captured_update(name):
+    family, backbone, cond = made(name)
+    x, lanes = rows_of(family)
+
+    def step(_):
+        with torch.no_grad():
+            backbone.forward(x, TIMES, backbone.prepare(cond), lanes)
+
+    step(0)
+    assert check_capture_safe(step) > 0
 
 
 @pytest.mark.parametrize(("frames", "are_kept"), [(1, True), (81, False)])
