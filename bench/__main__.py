@@ -78,6 +78,7 @@ ALL = [
     Benchmark("base_memory", "bench.predict.base_memory", needs=(*DIFFUSERS, "bitsandbytes")),
     Benchmark("predicted_time", "bench.predict.predicted_time"),
     Benchmark("families", "bench.predict.families", needs=DIFFUSERS, file="families_estimate.json"),
+    Benchmark("constants", "bench.predict.constants", needs=DIFFUSERS, file="constants.json"),
     Benchmark("runs", "bench.predict.runs", needs=DIFFUSERS, file="runs_estimate.json"),
     Benchmark("published", "bench.predict.published", needs=DIFFUSERS, file="published.json"),
     Benchmark("published_cost", "bench.predict.published_cost", needs=DIFFUSERS,

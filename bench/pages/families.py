@@ -40,4 +40,21 @@ def cell(found: dict) -> str:
     return f"{found['gb']:.0f} GB, {hours} h, {profile}"
 
 
-TABLES = {"families": table}
+def constants() -> str:
+    """What an evaluation no longer does, and what is kept for it."""
+    rows = [
+        [f"`{row['preset']}`", f"{row['tflop']:.4g}",
+         f"{1 - row['tflop_left'] / row['tflop']:.2%}", f"{row['operators']:,}",
+         f"{row['operators_left']:,}", f"{row['mb_a_row']:.1f}"]
+        for row in read("constants.json")["rows"]
+    ]  # fmt: skip
+    head = ["preset", "TFLOP", "less", "operators", "left", "MB kept"]
+    caption = (
+        "Counted without weights: one evaluation of one row in bf16, without adapters, at the "
+        "preset's size; what is kept, for each row. "
+        "`python -m bench constants --out bench/results`."
+    )
+    return f"{markdown(head, rows)}\n\n{caption}"
+
+
+TABLES = {"families": table, "constants": constants}

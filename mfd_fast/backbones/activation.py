@@ -130,11 +130,11 @@ def _block_contexts(recompute_context: Callable) -> tuple:
 
 def _cheap_contexts(recompute_context: Callable) -> tuple:
     keep, reuse = create_selective_checkpoint_contexts(_keep_if_expensive)
-    return keep, _Both(recompute_context(), reuse)
+    return keep, Together(recompute_context(), reuse)
 
 
-class _Both:
-    """Two contexts as one."""
+class Together:
+    """Contexts as one; reusable if they are."""
 
     def __init__(self, *contexts: AbstractContextManager):
         self.contexts = contexts

@@ -23,6 +23,44 @@ BACKEND = "inductor"
 MAX_GRAPHS = 64  # of one class of blocks; torch's own limit is 8
 
 
+class Inputs:
+    """What the arguments of a class of blocks are like, learned in its first calls: a block whose
+    arguments are otherwise would be another graph.
+
+    led: the arguments, by place or name, that had a gradient in a block.
+    strides: (argument, its shape without rows) -> strides, of those with gaps (slices).
+    """
+
+    def __init__(self):
+        self.led: set[int | str] = set()
+        self.strides: dict[tuple, tuple[int, ...]] = {}
+
+    def learn(self, key: int | str, x: Any) -> None:
+        """See one argument of one block."""
+        if not isinstance(x, Tensor):
+            return
+        if x.requires_grad:
+            self.led.add(key)
+        if (
+            x.ndim
+            and 0 not in x.stride()
+            and x.stride() != torch.empty(x.shape, device="meta").stride()
+        ):
+            self.strides[key, x.shape[1:]] = x.stride()
+
+    def alike(self, key: int | str, x: Any) -> Any:
+        """The argument as it is in other blocks: the first block's inputs are whole tensors and
+        have no gradient.
+        """
+        if not isinstance(x, Tensor):
+            return x
+        strides = self.strides.get((key, x.shape[1:]), x.stride()) if x.ndim else ()
+        if strides != x.stride():
+            x = x.new_empty_strided(x.shape, strides).copy_(x)
+        has_none = key in self.led and torch.is_grad_enabled() and not x.requires_grad
+        return x.detach().requires_grad_() if has_none else x
+
+
 class CompiledBlock:
     """A block's forward: the graph of its kind, with the adapters of its targets.
 
@@ -33,15 +71,16 @@ class CompiledBlock:
             target is called, so these run uncompiled; and so do calls whose operators are watched
             (``graphs.Watch``), which a graph would hide.
         compiled: the compiled forward of the class.
-        led: the arguments, by place or name, that had a gradient in a block of the class.
+        inputs: what the arguments of the class are like.
     """
 
     def __init__(
-        self, name: str, block: nn.Module, bank: AdapterBank, compiled: Callable, led: set
+        self, name: str, block: nn.Module, bank: AdapterBank, compiled: Callable, inputs: Inputs
     ):
         self.name, self.block, self.bank, self.compiled = name, block, bank, compiled
-        self.led = led
+        self.inputs = inputs
         self.is_plain = True  # the last call with gradient, which is computed again as it was
+        self.stand_ins: list[nn.Module] | None = None  # whose results were computed before
         inside = set(block.modules())
         self.targets = [
             (index, target.module)
@@ -52,13 +91,16 @@ class CompiledBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.bank.call_in_force()
         if call is None or self._runs_plain():
-            self._learn(args, kwargs)
+            for key, x in (*enumerate(args), *kwargs.items()):
+                self.inputs.learn(key, x)
             return type(self.block).forward(self.block, *args, **kwargs)
-        if torch.is_grad_enabled():
-            args = tuple(self._alike(key, x) for key, x in enumerate(args))
-            kwargs = {key: self._alike(key, x) for key, x in kwargs.items()}
+        args = tuple(self.inputs.alike(key, x) for key, x in enumerate(args))
+        kwargs = {key: self.inputs.alike(key, x) for key, x in kwargs.items()}
         if call.rows is not None and call.rows > call.num_lanes > 1:
-            for x in (*args, *kwargs.values()):
+            if self.stand_ins is None:
+                self.stand_ins = [x for x in self.block.modules() if "given_result" in vars(x)]
+            results = (x.given_result for x in self.stand_ins)
+            for x in (*args, *kwargs.values(), *results):
                 if isinstance(x, Tensor) and x.ndim and len(x) == call.rows:
                     torch._dynamo.maybe_mark_dynamic(x, 0)
         for index, module in self.targets:
@@ -83,18 +125,6 @@ class CompiledBlock:
             self.is_plain = is_plain
         return is_plain
 
-    def _learn(self, args: tuple, kwargs: dict) -> None:
-        for key, x in (*enumerate(args), *kwargs.items()):
-            if isinstance(x, Tensor) and x.requires_grad:
-                self.led.add(key)
-
-    def _alike(self, key: int | str, x: Any) -> Any:
-        """The argument, with a gradient if it has one in other blocks: the first block's inputs
-        have none, which would be another graph.
-        """
-        has_none = key in self.led and not x.requires_grad
-        return x.detach().requires_grad_() if has_none else x
-
 
 def compile_blocks(
     bank: AdapterBank, backend: str | Callable, blocks: dict[str, nn.Module]
@@ -106,9 +136,9 @@ def compile_blocks(
         cls: torch.compile(cls.forward, backend=backend, fullgraph=True)
         for cls in {type(block) for block in blocks.values()}
     }
-    led: dict[type, set] = {cls: set() for cls in compiled}
+    inputs = {cls: Inputs() for cls in compiled}
     return {
-        name: CompiledBlock(name, block, bank, compiled[type(block)], led[type(block)])
+        name: CompiledBlock(name, block, bank, compiled[type(block)], inputs[type(block)])
         for name, block in blocks.items()
     }
 

@@ -134,7 +134,8 @@ class NetworkPrepared(Prepared):
                     f"got; got shapes {shapes}"
                 )
             self._made[key] = made
-        return tree_map(lambda leaf: leaf[: n * len(lanes)], self._made[key])
+        made = self._made[key]
+        return made if n == self.batch else tree_map(lambda leaf: leaf[: n * len(lanes)], made)
 
 
 class FixedRows:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.backbones.activation import apply_activation_policy
+from mfd_fast.backbones.activation import Together, apply_activation_policy
 from mfd_fast.backbones.adapters import AdapterBank, LaneAdapters
 from mfd_fast.backbones.compiled import compile_blocks
 from mfd_fast.backbones.lanes import ROLES, Lane, NetworkPrepared, Prepared, batch_size, check_lanes
@@ -27,8 +27,10 @@ class SharedBackbone(nn.Module):
         network: the pretrained network; frozen and put in eval mode.  If it has a method
             ``prepare(cond rows) -> prepared rows``, a pytree with leading dimension rows (keys and
             values of the cross-attentions, say), that is called once per trajectory under the same
-            adapters, and the network gets its result in place of cond.  A method
-            ``combine(v_cond, v_uncond, w)`` replaces linear guidance (``lanes.guided_lanes``).
+            adapters, and the network gets its result in place of cond.  A method ``resumed()``
+            gives a context that brings back what its blocks read besides their arguments, for
+            recomputation.  A method ``combine(v_cond, v_uncond, w)`` replaces linear guidance
+            (``lanes.guided_lanes``).
         adapters: the bank of this network, with adapters ``"aux"`` and ``"student"``; one of rank
             64 on to_q, to_k, to_v if None.
         sample_shape: shape of one sample, without the batch dimension.
@@ -76,7 +78,7 @@ class SharedBackbone(nn.Module):
             network,
             activation,
             blocks,
-            recompute_context=adapters.resumed,
+            recompute_context=self._resumed,
             compiled=None if compiler is None else partial(compile_blocks, adapters, compiler),
         )
 
@@ -89,7 +91,7 @@ class SharedBackbone(nn.Module):
         """Compute once what is constant along a trajectory; leaves of cond are ``[B, ...]``."""
         batch = batch_size(cond)
         null = None if self.null_cond is None else self.null_cond(cond)
-        if not hasattr(self.network, "prepare"):
+        if getattr(self.network, "prepare", None) is None:
             return Prepared(cond, null, batch)
         return NetworkPrepared(cond, null, batch, make_rows=self._prepare_rows)
 
@@ -134,6 +136,12 @@ class SharedBackbone(nn.Module):
             bank.merge(name, for_good=True)
         _remove_hooks(bank)
         return network.eval()
+
+    def _resumed(self) -> AbstractContextManager:
+        """A context that runs what runs now: recomputation in backward enters it later."""
+        own = getattr(self.network, "resumed", None)
+        adapters = self.adapters.resumed()
+        return adapters if own is None else Together(adapters, own())
 
     def _products(self) -> AbstractContextManager:
         """Entered around the network: its matmuls in e4m3 where no gradient is wanted."""

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from mfd_fast.cost import Estimate
     from mfd_fast.cost.devices import Device, Efficiency
     from mfd_fast.distill.distiller import Distiller
+    from mfd_fast.run.task import Task
 
 TRACE = "trace.json"
+ABOUT = ("base", "attention", "compile")  # what of a run's start belongs to its profile
 DEFAULT_GPU, OWN_GPU = "h100", "your GPU"
 # What a board's name says beside its model: its brand, socket and series.
 DECORATION = re.compile(
@@ -148,10 +150,13 @@ def _measured(config: RunConfig, run: "Estimate") -> str:
 
 def built(config: RunConfig) -> "tuple[Distiller, Callable[[int], Any]]":
     """The distiller of a preset and ``next_cond(n)``, the condition of its update number n."""
+    return _of_task(config.task())
+
+
+def _of_task(task: "Task") -> "tuple[Distiller, Callable[[int], Any]]":
     from mfd_fast.distill.ranks import Ranks
     from mfd_fast.run.session import distiller_of
 
-    task = config.task()
     return distiller_of(task, task.config, Ranks()), task.conditions()
 
 
@@ -209,10 +214,14 @@ def profile(
     check_writable(folder)
     from mfd_fast.cost.profile import profile_cycles, summary
 
-    distiller, next_cond = built(_with_batch(config, batch))
+    task = _with_batch(config, batch).task()
+    distiller, next_cond = _of_task(task)
     _make_folder(folder)
     result = profile_cycles(distiller, next_cond, folder / TRACE, cycles=cycles)
     print(summary(result))
+    found = task.check() | task.used
+    for name in [name for name in ABOUT if name in found]:
+        print(f"{name}: {found[name]}")
     print(folder / TRACE)
 
 

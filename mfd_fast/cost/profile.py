@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from mfd_fast.backbones.swap import BlockSwap
 from mfd_fast.cost.operators import family_of
 from mfd_fast.cost.table import aligned
 from mfd_fast.cost.trace import Trace
@@ -28,6 +29,18 @@ OUTSIDE = "between operators"
 OPTIMIZER = ("_fused_adamw_", "_fused_adam_", "_foreach_mul_", "_foreach_norm", "_foreach_zero_")
 
 
+class Copied(NamedTuple):
+    """Bytes of blocks that came from the host, and copies that nobody had asked for ahead."""
+
+    bytes: float
+    late: float
+
+    @staticmethod
+    def of(swap: BlockSwap | None) -> "Copied":
+        """Until now."""
+        return Copied(0, 0) if swap is None else Copied(swap.moved, swap.missed)
+
+
 @dataclass(frozen=True)
 class Profile:
     """One cycle.
@@ -37,6 +50,7 @@ class Profile:
     operators: name -> (calls, seconds), the slowest first.
     waits: name -> times the host waited for the device.
     memory: phase -> most bytes alive that were made in the cycle.
+    copied: blocks of the base that came from the host.
     """
 
     phases: dict[str, float]
@@ -44,6 +58,7 @@ class Profile:
     operators: dict[str, tuple[int, float]]
     waits: dict[str, int]
     memory: dict[str, int]
+    copied: Copied
 
 
 def profile_cycles(
@@ -60,6 +75,7 @@ def profile_cycles(
     if cycles < 1:
         raise ValueError(f"the number of cycles must be >= 1, got {cycles}")
     outer, device = distiller.phase, distiller.backbone.device
+    swap = getattr(distiller.backbone, "swap", None)
     is_cuda = device.type == "cuda"
 
     def run(num: int = 1) -> None:
@@ -70,7 +86,9 @@ def profile_cycles(
         run()
         timer, profiled, memory = PhaseTimer(device), PhaseTimer(device), Trace(counts_work=False)
         distiller.phase = timer.phase
+        before = Copied.of(swap)
         run(cycles)
+        after = Copied.of(swap)
         phases = timer.per_cycle(cycles)
         distiller.phase = profiled.phase
         kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -96,6 +114,7 @@ def profile_cycles(
         operators=dict(sorted(operators.items(), key=lambda entry: -entry[1][1])),
         waits=dict(Counter(event.name for event in events if event.name in WAITS)),
         memory=dict(memory.memory.peak),
+        copied=Copied(*((b - a) / cycles for a, b in zip(before, after, strict=True))),
     )
 
 
@@ -143,6 +162,9 @@ def summary(result: Profile, rows: int = 12) -> str:
         f"waits of the host for the device: {waits}\n"
         f"most memory alive of what the cycle made: {max(result.memory.values()) / 1e6:.1f} MB",
     ]
+    if (copied := result.copied).bytes:
+        each = f"{copied.bytes / 1e6:.1f} MB a cycle, {copied.late:g} copies late"
+        parts.append(f"copied from the host: {each}")
     return "\n\n".join(parts)
 
 

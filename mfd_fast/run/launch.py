@@ -32,7 +32,9 @@ def launched_ranks(device: str, *, is_sharded: bool = False) -> Iterator[Ranks]:
         return
     store, rank, world = next(dist.rendezvous("env://"))
     # torchrun may keep one store over restarts: addresses of dead ranks must not be found in it.
-    store = dist.PrefixStore(f"start-{num_restarts()}", store)
+    # Where it does not, a node that was launched again joins ranks that counted a restart.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"start-{num_restarts()}", store)
     joining: dict[str, Any] = {"store": store, "rank": rank, "world_size": world}
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         index = int(os.environ.get("LOCAL_RANK", "0"))
@@ -93,7 +95,7 @@ def _why_whole(backbone: Backbone) -> str:
         return f"this backbone is a {type(backbone).__name__}"
     if backbone.compiler is not None:
         return "this one's blocks are compiled (leave compile off)"
-    if any(hasattr(backbone.network, name) for name in ("prepare", "use_adapters")):
+    if any(getattr(backbone.network, name, None) for name in ("prepare", "use_adapters")):
         return f"{type(backbone.network).__name__} reads weights outside its forward"
     return ""
 

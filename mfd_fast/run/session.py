@@ -51,12 +51,13 @@ def run_distillation(config: RunConfig, out: Path, *, resume: str | None = None)
     torchrun every rank trains, and rank 0 alone evaluates, when the others are gone.
     """
     config = with_absolute_paths(config)
-    if resume is None and num_restarts():
-        resume = ""
     with ExitStack() as folder:
         is_sharded = config.train.shard == "fsdp"
         with launched_ranks(config.train.device, is_sharded=is_sharded) as ranks:
             ranks.check_batch(config.train.batch_size, config.distill.micro_batches)
+            # A node that was launched again has counted none.
+            if resume is None and ranks.mean([float(num_restarts())])[0] > 0:
+                resume = ""
             session = _Session(config, out, ranks)
             folder.callback(lambda: session.run.release())
             session.open(resume)

@@ -175,7 +175,22 @@ def elastic(ranks, folder):
     run(folder, **ELASTIC, resumed=has_checkpoint, ranks=ranks)
 
 
+def nodes(ranks, folder):
+    """A run whose second node, torchrun and all, dies after five updates, the first time."""
+    cond, died = next_cond, folder / "died"
+
+    def cond_or_die(n):
+        if ranks.rank == 1 and n == 5 and not died.exists():
+            died.touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cond(n)
+
+    small_runs.next_cond = cond_or_die
+    run(folder, **ELASTIC, resumed=bool(checkpoints_in(folder)), ranks=ranks)
+
+
 if __name__ == "__main__":
-    case = {f.__name__: f for f in (replicas, two_ranks, elastic)}[sys.argv[1]]
+    case = {f.__name__: f for f in (replicas, two_ranks, elastic, nodes)}[sys.argv[1]]
     with launched_ranks("cpu") as joined:
         case(joined, Path(sys.argv[2]))

@@ -1,9 +1,11 @@
 """AuraFlow: one text encoder, padding set to 0 and attended, linear guidance."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import Constant
 from mfd_fast.models.diffusers.family import Cond, Family
 
 
@@ -23,6 +25,9 @@ class AuraFlow(Family):
             max_sequence_length=self.default("max_sequence_length"),
         )
         return {"text": text}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(x, encoder_hidden_states=cond["text"], timestep=t, return_dict=False)[0]

@@ -33,12 +33,13 @@ def backbone_of(
     activation: str = "none",
     compiler: str | Callable | None = None,
     generator: Generator | None = None,
+    prepares: bool = True,
 ) -> SharedBackbone:
     """Teacher, auxiliary and student as adapters of the pipeline's network, which is frozen.
 
-    Args: those of ``AdapterBank`` and ``SharedBackbone``; alpha is the rank and targets are the
-    family's if None.  ``ValueError`` for an activation policy that its blocks do not allow, or for
-    blocks that cannot be compiled.
+    Args: those of ``AdapterBank``, ``SharedBackbone`` and ``FamilyNetwork``; alpha is the rank and
+    targets are the family's if None.  ``ValueError`` for an activation policy that its blocks do
+    not allow, or for blocks that cannot be compiled.
     """
     if activation not in family.activations:
         raise ValueError(
@@ -50,7 +51,7 @@ def backbone_of(
             f"pipeline.compile must be off for {type(family.pipe).__name__}: "
             f"{family.why_uncompiled}"
         )
-    network = FamilyNetwork(family)
+    network = FamilyNetwork(family, prepares=prepares)
     bank = AdapterBank(
         network,
         rank=rank,

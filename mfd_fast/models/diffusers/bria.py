@@ -1,10 +1,12 @@
 """Bria 3.2: FLUX.1's layout, told 1000 t, the null condition is zeros."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -31,6 +33,10 @@ class Bria(Packed):
     @torch.no_grad()
     def encode_null(self) -> Cond:
         return {"text": torch.zeros_like(self.encode_text([""])["text"])}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
+        yield Constant(TABLE, ("pos_embed",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

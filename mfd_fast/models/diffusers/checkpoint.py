@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,11 +73,23 @@ def check_parts(folder: Path, index: dict[str, Any], *, is_local: bool) -> float
     return sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) / 1e9
 
 
-def pipeline_with(name: str, **parts: Any) -> Any:
-    """A pipeline of the class ``name`` with these components and no others."""
+def of_diffusers(name: str) -> Any:
+    """A class of diffusers; ``ImportError`` if a package that it imports is broken."""
     import diffusers
 
-    cls = getattr(diffusers, name)
+    try:
+        return getattr(diffusers, name)
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[-1]
+        raise ImportError(
+            f"diffusers cannot import its {name}: {why}. Install that package again (pip install "
+            "--force-reinstall NAME), or remove it"
+        ) from None
+
+
+def pipeline_with(name: str, **parts: Any) -> Any:
+    """A pipeline of the class ``name`` with these components and no others."""
+    cls = of_diffusers(name)
     needed = inspect.signature(cls.__init__).parameters.items()
     missing = {part: None for part, p in needed if p.default is p.empty and part != "self"}
     return cls(**missing | parts)
@@ -84,9 +97,7 @@ def pipeline_with(name: str, **parts: Any) -> Any:
 
 def network_class(name: str) -> type[nn.Module]:
     """The class of the transformer that a pipeline class takes."""
-    import diffusers
-
-    hint = get_type_hints(getattr(diffusers, name).__init__)["transformer"]
+    hint = get_type_hints(of_diffusers(name).__init__)["transformer"]
     return next(iter(get_args(hint)), hint)  # of "the network, or None"
 
 
@@ -122,7 +133,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that its next version drops
+            yield
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
@@ -131,15 +144,13 @@ def quiet() -> Iterator[None]:
 @quiet()
 def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
-    import diffusers
-
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
     del made["scheduler"]  # which is read
     for name in made.keys() & {"transformer", "transformer_2", "vae"}:
-        cls = getattr(diffusers, parts_of(index)[name])
+        cls = of_diffusers(parts_of(index)[name])
         with torch.device("meta"):
             made[name] = cls.from_config(cls.load_config(folder / name))
-    return diffusers.DiffusionPipeline.from_pretrained(folder, **made)
+    return of_diffusers("DiffusionPipeline").from_pretrained(folder, **made)
 
 
 @quiet()
@@ -147,10 +158,8 @@ def load_pipeline(folder_or_id: str, dtype: torch.dtype, **options: Any) -> Any:
     """The whole pipeline on the CPU, safetensors alone, its networks in eval mode and frozen;
     options are from_pretrained's, components that are there already among them.
     """
-    import diffusers
-
     without_loading_bars()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(
+    pipe = of_diffusers("DiffusionPipeline").from_pretrained(
         folder_or_id, torch_dtype=dtype, use_safetensors=True, **options
     )
     for part in networks(pipe).values():

@@ -1,10 +1,12 @@
 """Chroma: FLUX.1's layout without pooled text; its mask is a float that is added to the logits."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -30,6 +32,10 @@ class Chroma(Packed):
     def blank(self, rows: int) -> Cond:
         cond = super().blank(rows)
         return cond | {"mask": self.zeros(*cond["text"].shape[:2])}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
+        yield Constant(TABLE, ("pos_embed",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         mask = cond["mask"]

@@ -9,15 +9,17 @@ pipeline means by its guidance scale, how latents become images.  What a pipelin
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.backbones.activation import POLICIES
+from mfd_fast.backbones.activation import POLICIES, Together
 from mfd_fast.backbones.networks import Patterns
+from mfd_fast.models.diffusers.constants import Constant, Constants
 
 # Class in model_index.json -> module of this folder and its adapter.
 FAMILIES = {
@@ -69,6 +71,7 @@ NO_FLOW = {
 }
 
 Cond = dict[str, Tensor]
+CONSTANTS = "constants"  # of a condition: what FamilyNetwork.prepare added to it
 
 
 class Family:
@@ -224,6 +227,18 @@ class Family:
         """v ``[R, *S]`` of x ``[R, *S]`` at t ``[R]`` float32, called as the pipeline does."""
         raise NotImplementedError
 
+    def constants(self, transformer: nn.Module) -> Iterable[Constant]:
+        """Modules of a network whose results the condition alone decides, later ones after those
+        that give their input.
+        """
+        return ()
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of a text, and of a sample."""
+        text = self.text_length or self.default("max_sequence_length")
+        return text, self.rows * self.columns
+
     def set_modes(self, transformer: nn.Module) -> None:
         """What an evaluated network needs besides eval mode for right gradients."""
 
@@ -272,23 +287,42 @@ class FamilyNetwork(nn.Module):
     of adapters are those that ``pipe.load_lora_weights`` takes.
 
     Of two children one is evaluated for all rows: ``only`` if it is given, else that of the first
-    row's time.
+    row's time.  prepares: whether what is constant along a trajectory is computed once for it;
+    not where the weights of a block are there in its own calls alone (spread over ranks).
     """
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, *, prepares: bool = True):
         super().__init__()
         for name, network in family.networks.items():
             self.add_module(name, network)
         self.family = family
         self.combine = family.combine
         self.only = ""
+        self.constants = {
+            name: Constants(family, name, network) for name, network in self.named_children()
+        }
+        if not prepares:
+            self.prepare = None
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def prepare(self, cond: Cond) -> dict[str, Any]:
+        """cond with the results of the constant modules for its rows (``constants``)."""
+        return cond | {CONSTANTS: {k: x.prepare(cond) for k, x in self.constants.items()}}
+
+    def resumed(self) -> AbstractContextManager:
+        """A context in which modules are replaced as now: recomputation enters it later."""
+        return Together(*(x.resumed() for x in self.constants.values()))
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         names = list(self.family.networks)
         name = self.only or names[0]
         if len(names) > 1 and not self.only and not self.family.is_first(t[:1]).all():
             name = names[1]
-        return self.family.velocity(getattr(self, name), x, t, cond)
+        made = cond.get(CONSTANTS)
+        if made is None:
+            return self.family.velocity(getattr(self, name), x, t, cond)
+        cond = {key: leaf for key, leaf in cond.items() if key != CONSTANTS}
+        with self.constants[name].given(made[name], cond):
+            return self.family.velocity(getattr(self, name), x, t, cond)
 
 
 def named(transformer: nn.Module) -> nn.Module:

@@ -1,9 +1,11 @@
 """FLUX.1: dev is told its guidance (one lane), schnell has none."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -28,6 +30,11 @@ class Flux1(Packed):
     def blank(self, rows: int) -> Cond:
         pooled = self.zeros(rows, self.config.pooled_projection_dim)
         return super().blank(rows) | {"pooled": pooled}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
+        yield Constant("pooled", ("time_text_embed.text_embedder",))
+        yield Constant(TABLE, ("pos_embed",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         guidance: dict[str, Any] = {}

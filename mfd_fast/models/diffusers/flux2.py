@@ -1,10 +1,12 @@
 """FLUX.2: dev is told its guidance (one lane), the klein base checkpoints are guided linearly."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -41,6 +43,10 @@ class Flux2(Packed):
             prompts, max_sequence_length=self.default("max_sequence_length")
         )
         return {"text": text}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
+        yield Constant(TABLE, ("pos_embed",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

@@ -1,12 +1,14 @@
 """HiDream-I1 Full: four text encoders, told 1000 t, answers -v, experts that read the device."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import CALL, Constant
 from mfd_fast.models.diffusers.family import Cond, Family
 
 
@@ -69,6 +71,11 @@ class HiDream(Family):
         for module in transformer.modules():
             if type(module).__name__ == "MOEFeedForwardSwiGLU":
                 module.forward = partial(_balanced, module)
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        for i in range(len(transformer.caption_projection)):
+            yield Constant(CALL, (f"caption_projection.{i}",))
+        yield Constant("pooled", ("p_embedder",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return -transformer(

@@ -1,9 +1,11 @@
 """HunyuanVideo: two text encoders, masked exactly; told 1000 times its guidance, one lane."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.video import Video
 
@@ -38,6 +40,11 @@ class HunyuanVideo(Video):
             "mask": self.zeros(rows, length),
             "pooled": self.zeros(rows, self.config.pooled_projection_dim),
         }
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder.proj_in",))
+        yield Constant("pooled", ("time_text_embed.text_embedder",))
+        yield Constant(TABLE, ("rope",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

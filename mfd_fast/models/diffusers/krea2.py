@@ -1,10 +1,12 @@
 """Krea 2: the text of several layers is fused inside the network; v_c + s (v_c - v_u)."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import CALL, TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond, by_channel
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -34,6 +36,10 @@ class Krea2(Packed):
         config, length = self.config, self.text_length
         text = self.zeros(rows, length, config.num_text_layers, config.text_hidden_dim)
         return {"text": text, "mask": self.zeros(rows, length, dtype=torch.bool)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant(CALL, ("text_fusion", "txt_in"))
+        yield Constant(TABLE, ("rotary_emb",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         ids = self.ids(t, cond["text"])

@@ -1,10 +1,12 @@
 """LTX-Video: tokens of one latent pixel, told the frame rate by its positions."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import Constant, keys_values
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.video import MaskedText
 
@@ -43,6 +45,11 @@ class LTX(MaskedText):
     def blank(self, rows: int) -> Cond:
         text = self.zeros(rows, self.default("max_sequence_length"), self.config.caption_channels)
         return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.bool)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        stack, text = "transformer_blocks", "caption_projection"
+        yield Constant("text", (text,))
+        yield from keys_values(transformer.get_submodule(stack), stack, text, self.tokens)
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         unit = self.unit()

@@ -1,10 +1,12 @@
 """Lumina-Image 2: told 1 - t, answers -v; guidance keeps the length of every row of pixels."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import CALL, Constant
 from mfd_fast.models.diffusers.family import Cond, Family
 
 
@@ -59,6 +61,10 @@ class Lumina2(Family):
         length = self.default("max_sequence_length")
         mask = self.zeros(rows, length, dtype=torch.bool).as_subclass(AllTrue)
         return {"text": self.zeros(rows, length, self.config.cap_feat_dim), "mask": mask}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        refiners = (f"context_refiner.{i}" for i in range(len(transformer.context_refiner)))
+        yield Constant(CALL, ("time_caption_embed.caption_embedder", *refiners))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return -transformer(

@@ -1,11 +1,13 @@
 """Mochi: told 1000 (1 - t), answers -v, text of every row cut to its length."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import CALL, TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond, by_channel
 from mfd_fast.models.diffusers.lumina2 import AllTrue
 from mfd_fast.models.diffusers.record import replaced
@@ -36,6 +38,11 @@ class Mochi(MaskedText):
         text = self.zeros(rows, self.default("max_sequence_length"), self.config.text_embed_dim)
         mask = text.new_zeros(text.shape[:2], dtype=torch.bool)
         return {"text": text, "mask": mask.as_subclass(AllTrue)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("time_embed.caption_proj",))
+        yield Constant(CALL, ("time_embed.pooler",))
+        yield Constant(TABLE, ("rope",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         # Its positions are made in an autocast of the device, and "meta" has none.

@@ -1,10 +1,12 @@
 """Qwen-Image: guidance keeps the length of every token's conditional velocity."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond, by_channel, padded
 from mfd_fast.models.diffusers.packed import Packed
 
@@ -41,6 +43,10 @@ class QwenImage(Packed):
     def blank(self, rows: int) -> Cond:
         cond = super().blank(rows)
         return cond | {"mask": self.zeros(*cond["text"].shape[:2], dtype=torch.bool)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("txt_norm", "txt_in"))
+        yield Constant(TABLE, ("pos_embed",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

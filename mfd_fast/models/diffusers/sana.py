@@ -1,10 +1,12 @@
 """SANA through diffusers' class; the fused network of ``models/sana`` is the fast path."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import Constant, keys_values
 from mfd_fast.models.diffusers.family import Cond, Family
 
 
@@ -49,6 +51,11 @@ class Sana(Family):
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         return super().call(cond, null) | {"negative_prompt": None}  # "" by default
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("caption_projection", "caption_norm"))
+        stack = "transformer_blocks"
+        yield from keys_values(transformer.get_submodule(stack), stack, "caption_norm", self.tokens)
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         v = transformer(

@@ -1,9 +1,11 @@
 """Stable Diffusion 3 and 3.5: three text encoders, 1000 t, linear guidance."""
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import Constant
 from mfd_fast.models.diffusers.family import Cond, Family
 
 
@@ -31,6 +33,10 @@ class StableDiffusion3(Family):
     def blank(self, rows: int) -> Cond:
         pooled = self.zeros(rows, self.config.pooled_projection_dim)
         return super().blank(rows) | {"pooled": pooled}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant("text", ("context_embedder",))
+        yield Constant("pooled", ("time_text_embed.text_embedder",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(

@@ -137,6 +137,7 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
         alpha=settings.alpha,
         targets=names_of(settings.targets) if settings.targets else None,
         activation=config.train.activation,
+        prepares=config.train.shard == "none",
     )
     for network in family.networks.values():
         family.without_values(network)

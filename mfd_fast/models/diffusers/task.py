@@ -322,6 +322,7 @@ class PipelineTask(Task):
             activation=self.config.train.activation,
             compiler=BACKEND if settings.compile else None,
             generator=Generator().manual_seed(seed),
+            prepares=self.config.train.shard == "none",
         )
         if self.plan is not None:
             backbone.adapters.to(self.device)

@@ -57,6 +57,11 @@ class Video(Family):
         size = self.rows * self.patch, self.columns * self.patch
         return self.config.in_channels, self.latent_frames, *size
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        text, frame = super().tokens
+        return text, self.latent_frames * frame
+
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Videos ``[B, frames, 3, height, width]`` in [0, 1] of samples at t = 0."""

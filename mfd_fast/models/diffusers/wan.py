@@ -1,9 +1,11 @@
 """Wan 2.1 and 2.2: one text encoder, padding set to 0 and attended, linear guidance."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant, keys_values
 from mfd_fast.models.diffusers.family import Cond, by_channel
 from mfd_fast.models.diffusers.video import Video
 
@@ -65,6 +67,12 @@ class Wan(Video):
     def blank(self, rows: int) -> Cond:
         length = self.default("max_sequence_length")
         return {"text": self.zeros(rows, length, self.config.text_dim)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        text = "condition_embedder.text_embedder"
+        yield Constant("text", (text,))
+        yield from keys_values(transformer.blocks, "blocks", text, self.tokens)
+        yield Constant(TABLE, ("rope",))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time = 1000 * t

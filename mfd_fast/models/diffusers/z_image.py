@@ -1,11 +1,13 @@
 """Z-Image: lists of rows, told 1 - t, answers -v, v_c + s (v_c - v_u)."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mfd_fast.models.diffusers.constants import CALL, Constant
 from mfd_fast.models.diffusers.family import Cond, Family, padded
 
 
@@ -48,6 +50,10 @@ class ZImage(Family):
     def blank(self, rows: int) -> Cond:
         text = self.zeros(rows, self.text_length, self.config.cap_feat_dim)
         return {"text": text, "length": torch.full((rows,), self.text_length)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        refiners = (f"context_refiner.{i}" for i in range(len(transformer.context_refiner)))
+        yield Constant(CALL, tuple(refiners))
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         frames = list(x.unsqueeze(2).unbind())

@@ -1,6 +1,7 @@
 """The frozen base of a run: loaded tensor by tensor, chosen, swapped, continued, refused."""
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from mfd_fast import cli
 from mfd_fast.backbones.quantized import COMPARED, FrozenLinear
 from mfd_fast.cost.plans import cycle_of, memory_of, on_base
 from mfd_fast.models.diffusers import base as bases
+from mfd_fast.models.diffusers.checkpoint import of_diffusers
 from mfd_fast.models.diffusers.family import Family, FamilyNetwork
 
 pytest.importorskip("bitsandbytes")
@@ -66,6 +68,18 @@ def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "prompts.txt"
     path.write_text("a red fox\ntwo boats\n")
     return path
+
+
+def test_a_package_that_diffusers_cannot_import_is_a_sentence(monkeypatch):
+    class Broken:
+        def __getattr__(self, name):
+            raise RuntimeError("Failed to import diffusers.x because of:\nno libcuda")
+
+    monkeypatch.setitem(sys.modules, "diffusers", Broken())
+    with pytest.raises(
+        ImportError, match=r"its Sd: no libcuda. Install that package"
+    ):
+        of_diffusers("Sd")
 
 
 def least(model, prompts, base):
