@@ -210,6 +210,23 @@ def chroma():
     )
 
 
+def cogview4():
+    return diffusers.CogView4Pipeline(
+        transformer=diffusers.CogView4Transformer2DModel(
+            **{"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 8},
+            **{"attention_head_dim": 4, "num_attention_heads": 4, "text_embed_dim": 32},
+            **{"time_embed_dim": 8, "condition_dim": 4},
+        ),
+        scheduler=euler(
+            **{"use_dynamic_shifting": True, "time_shift_type": "linear"},
+            **{"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 4},
+        ),
+        vae=kl_vae(shift_factor=None),
+        text_encoder=decoder("GlmModel", 32),
+        tokenizer=tokenizer("<s> $A", padding_side="left"),
+    )
+
+
 def hidream(scheduler=None):
     pipe = diffusers.HiDreamImagePipeline(
         transformer=diffusers.HiDreamImageTransformer2DModel(
@@ -305,6 +322,7 @@ PIPELINES = {
     "lumina2": lumina2,
     "aura-flow": aura_flow,
     "chroma": chroma,
+    "cogview4": cogview4,
     "hidream": hidream,
     "hidream-euler": lambda: hidream(euler(shift=3.0)),
     "bria": bria,

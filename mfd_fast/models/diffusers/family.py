@@ -24,6 +24,7 @@ FAMILIES = {
     "AuraFlowPipeline": "aura_flow:AuraFlow",
     "BriaPipeline": "bria:Bria",
     "ChromaPipeline": "chroma:Chroma",
+    "CogView4Pipeline": "cogview4:CogView4",
     "Flux2KleinPipeline": "flux2:Flux2Klein",
     "Flux2Pipeline": "flux2:Flux2",
     "FluxPipeline": "flux1:Flux1",
@@ -106,6 +107,8 @@ class Family:
     """Latent pixels of one token, along a side."""
     why_eager: ClassVar[str] = ""
     """Why updates cannot be CUDA graphs, if they cannot."""
+    calls_vary: ClassVar[bool] = False
+    """Whether conditions and times say how often an evaluation calls a network."""
     why_uncompiled: ClassVar[str] = ""
     """Why its blocks cannot be compiled, if they cannot."""
     activations: ClassVar[tuple[str, ...]] = POLICIES
@@ -236,8 +239,20 @@ class Family:
         """Where the network is, and in its dtype if none is given."""
         return torch.zeros(*shape, dtype=dtype or self.pipe.transformer.dtype, device=self.device)
 
+    def blank_null(self) -> Cond:
+        """The same of the null condition, one row."""
+        return self.blank(1)
+
     def without_values(self, transformer: nn.Module) -> None:
         """Make the network's work the same for all values, so that it runs on ``meta``."""
+
+    def time_of(self, told: float) -> float:
+        """t of the time that the scheduler shows the network, over its number of train steps."""
+        return told
+
+    def nodes_call(self, steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for even nodes, which its scheduler shifts."""
+        return {"sigmas": [1.0 - k / steps for k in range(steps)]}
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for these conditions and the scale."""

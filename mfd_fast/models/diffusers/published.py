@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 CLIP_L, CLIP_G, T5 = 0.1237, 0.6947, 4.7623  # T5 XXL, its encoder
 UMT5, GEMMA2, LLAMA3 = 5.6809, 2.6143, 8.0303  # XXL, its encoder; 2 B; 8 B
+GLM4 = 8.7792  # 9 B, without its head
 QWEN3, QWEN3_8B, QWEN25_VL, QWEN3_VL = 4.0225, 8.1907, 8.2922, 4.4378  # 4 and 8, 7, 4 B
 KL = {
     "block_out_channels": (128, 256, 512, 512),
@@ -81,6 +82,10 @@ WAN22_VAE = {
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True},
     **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
 }
+COGVIEW4_VAE = KL | {
+    **{"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "latent_channels": 16},
+    **{"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False},
+}
 QWEN_VAE = ("AutoencoderKLQwenImage", {})
 PUBLISHED = {
     "sd3-medium": _sd3(
@@ -113,6 +118,11 @@ PUBLISHED = {
         ("AutoencoderKL", KL),
     ),
     "chroma": Published("lodestones/Chroma1-HD", "ChromaPipeline", {}, T5),
+    "cogview4": Published(
+        *("THUDM/CogView4-6B", "CogView4Pipeline"),
+        {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32},
+        *(GLM4, ("AutoencoderKL", COGVIEW4_VAE)),
+    ),
     "hidream": Published(
         *("HiDream-ai/HiDream-I1-Full", "HiDreamImagePipeline", HIDREAM),
         CLIP_L + CLIP_G + T5 + LLAMA3,

@@ -74,7 +74,7 @@ def record_call(
     def watched_step(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = step(output, t, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
-        time, v = float(t) / scale, output
+        time, v = family.time_of(float(t) / scale), output
         if is_inverted:
             time, v = 1.0 - time, -output
         made.steps.append(Step(v, time, sample, after, calls.copy()))

@@ -141,7 +141,7 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
     for network in family.networks.values():
         family.without_values(network)
     if family.has_null:
-        family.null_row = family.blank(1)
+        family.null_row = family.blank_null()
     return Shapes(backbone, family.blank)
 
 
@@ -232,6 +232,11 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
         raise ValueError(
             f"this {type(family.pipe).__name__} has two networks: leave out pipeline.base, "
             "pipeline.base_memory and pipeline.compile, which were tried with one"
+        )
+    if train.shard == "fsdp" and family.calls_vary:
+        raise ValueError(
+            f"train.shard must be none for this {type(family.pipe).__name__}: its ranks would call "
+            "the network a different number of times, and wait for each other"
         )
     if why := why_eager(config, family):
         if train.capture == "on":

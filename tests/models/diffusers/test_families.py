@@ -1,6 +1,7 @@
 """Every family on a tiny random pipeline: its own loop against our engine."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_pipelines import FRAMES, PIPELINES, SIDES, tiny_pipeline, tiny_size
 from mfd_fast import DistillConfig, make_distiller
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
 from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
+from mfd_fast.models.diffusers.lengths import OwnLengths
 from mfd_fast.models.diffusers.record import record, record_call
 from mfd_fast.models.diffusers.sampler import student_sampler
 
@@ -39,6 +41,20 @@ def their_call(name):
     return {"prompt": list(PROMPTS)} | CALLS.get(name, {}) | frames
 
 
+def their_record(name, family, noise, steps, **call):
+    """What the pipeline makes of the prompts, of each alone where it attends to their padding."""
+    call = their_call(name) | call
+    if not isinstance(family, OwnLengths):
+        return record_call(family, noise, steps, **call)
+    made = [
+        record_call(family, row, steps, **call | {"prompt": [prompt]})
+        for row, prompt in zip(noise.split(1), PROMPTS, strict=True)
+    ]
+    schedules, ends = zip(*((x.schedule, x.end) for x in made), strict=True)
+    assert schedules[0] == schedules[1]
+    return SimpleNamespace(schedule=schedules[0], end=torch.cat(ends))
+
+
 def noise_of(family, rows=2):
     return torch.randn(rows, *family.sample_shape, generator=torch.Generator().manual_seed(1))
 
@@ -62,14 +78,15 @@ def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
         with pytest.raises(IndexError):
             record(family, cond, noise, steps)
     else:
-        schedule = record(family, cond, noise, steps).schedule
+        first = {leaf: value[:1] for leaf, value in cond.items()}
+        schedule = record(family, first, noise[:1], steps).schedule
     is_undefined = schedule is None or any(node != node for node in schedule.nodes)
     assert is_undefined == (steps == 1 and "shift_terminal" in own.config
                             and own.config.shift_terminal is not None)  # fmt: skip
     if is_undefined or "solver_order" in own.config:  # then Euler on our nodes
         sampler = student_sampler(family, cond, steps)
         schedule, family.pipe.scheduler = sampler.schedule, sampler.scheduler
-    theirs = record_call(family, noise, steps, **their_call(name))
+    theirs = their_record(name, family, noise, steps)
     family.pipe.scheduler = own
     assert theirs.schedule == schedule
     ours = teacher_samples(backbone_of(family, rank=2), cond, noise, schedule, family.guidance)
@@ -126,10 +143,10 @@ def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
     state = backbone.adapters.adapter_state_dict("student", prefix="")
     teacher = family.pipe
     if (name, steps) != ("ltx", 1):  # whose own single step is at no number
-        without = record_call(family, noise, steps, **their_call(name) | off(sampler)).end
+        without = their_record(name, family, noise, steps, **off(sampler)).end
     load_lora(family, state)
     teacher.scheduler = sampler.scheduler or teacher.scheduler
-    theirs = record_call(family, noise, steps, **their_call(name) | off(sampler))
+    theirs = their_record(name, family, noise, steps, **off(sampler))
     assert theirs.schedule == sampler.schedule
     assert farthest(ours, theirs.end) < BOUND
     assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.2  # no last step next to 0
