@@ -30,6 +30,8 @@ FAMILIES = {
     "FluxPipeline": "flux1:Flux1",
     "HiDreamImagePipeline": "hidream:HiDream",
     "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
+    "Kandinsky5T2IPipeline": "kandinsky5:Kandinsky5Image",
+    "Kandinsky5T2VPipeline": "kandinsky5:Kandinsky5Video",
     "Krea2Pipeline": "krea2:Krea2",
     "LTXPipeline": "ltx:LTX",
     "Lumina2Pipeline": "lumina2:Lumina2",
@@ -99,6 +101,8 @@ class Family:
     """Whether the pipeline's call has an argument ``sigmas``."""
     least_steps: ClassVar[int] = 1
     """Fewest steps that the pipeline's call can make."""
+    output: ClassVar[str] = "images"
+    """What the call's answer has it in."""
     names: ClassVar[dict[str, str]] = {"text": "prompt_embeds"}
     """Leaf of the condition -> argument of the pipeline's call."""
     extra: ClassVar[dict[str, Any]] = {}
@@ -243,12 +247,20 @@ class Family:
         """The same of the null condition, one row."""
         return self.blank(1)
 
+    def cast(self, transformer: nn.Module, dtype: torch.dtype) -> None:
+        """Bring the network to a dtype, in place."""
+        transformer.to(dtype)
+
     def without_values(self, transformer: nn.Module) -> None:
         """Make the network's work the same for all values, so that it runs on ``meta``."""
 
     def time_of(self, told: float) -> float:
         """t of the time that the scheduler shows the network, over its number of train steps."""
         return told
+
+    def even_scheduler(self) -> Any:
+        """The pipeline's scheduler, or one in its place that can have even nodes."""
+        return self.pipe.scheduler
 
     def nodes_call(self, steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for even nodes, which its scheduler shifts."""

@@ -86,6 +86,7 @@ COGVIEW4_VAE = KL | {
     **{"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "latent_channels": 16},
     **{"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False},
 }
+KANDINSKY5 = {"in_visual_dim": 16, "out_visual_dim": 16}
 QWEN_VAE = ("AutoencoderKLQwenImage", {})
 PUBLISHED = {
     "sd3-medium": _sd3(
@@ -154,6 +155,18 @@ PUBLISHED = {
     "ltx-2b": Published(
         *("Lightricks/LTX-Video", "LTXPipeline", {}, T5, ("AutoencoderKLLTXVideo", {})),
         settings={"frames": 161},
+    ),
+    "kandinsky5-t2i": Published(
+        *("kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers", "Kandinsky5T2IPipeline"),
+        KANDINSKY5
+        | {"model_dim": 2560, "ff_dim": 10240, "num_visual_blocks": 50, "axes_dims": (32, 48, 48)},
+        QWEN25_VL + CLIP_L,
+    ),
+    "kandinsky5-t2v": Published(
+        *("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", "Kandinsky5T2VPipeline"),
+        KANDINSKY5 | {"model_dim": 1792, "ff_dim": 7168, "visual_cond": True},
+        *(QWEN25_VL + CLIP_L, ("AutoencoderKLHunyuanVideo", {})),
+        settings={"frames": 121},
     ),
     "sana-video-2b": Published(
         *("Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "SanaVideoPipeline"),

@@ -30,7 +30,7 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
     Args:
         cond: any conditions of the family; only the first row is used, by no network.
     """
-    pipe, own = family.pipe, family.pipe.scheduler
+    pipe, own = family.pipe, family.even_scheduler()
     if steps < family.least_steps:
         raise ValueError(
             f"distill.student_steps must be at least {family.least_steps} for "

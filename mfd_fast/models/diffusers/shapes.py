@@ -127,7 +127,7 @@ def within(name: str, network: str) -> bool:
 def _shapes(config: PipelineRun, family: Family) -> Shapes:
     settings = config.pipeline
     for network in family.networks.values():
-        network.requires_grad_(False).eval().to(getattr(torch, settings.dtype))
+        family.cast(network.requires_grad_(False).eval(), getattr(torch, settings.dtype))
         if settings.base not in ("bf16", "auto"):
             for layer in freeze_linears(named(network), family.blocks, settings.base).values():
                 layer.stored.zero_()
@@ -149,7 +149,8 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
 def stored_of(family: Family, settings: PipelineSettings) -> Stored:
     """Bytes of a family's network, which is on ``meta``, in the format of the settings."""
     base, dtype = settings.base.replace("auto", "bf16"), getattr(torch, settings.dtype)
-    network = named(deepcopy(family.pipe.transformer).to(dtype))
+    network = named(deepcopy(family.pipe.transformer))
+    family.cast(network["transformer"], dtype)
     layers = freeze_linears(network, family.blocks, base)
     tensors = [*network.parameters(), *network.buffers()]
     blocks = dict.fromkeys(find_modules(network, family.blocks)[0], 0)

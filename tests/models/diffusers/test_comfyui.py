@@ -19,7 +19,7 @@ CONFIG = DistillConfig(aux_updates=1, step_size=0.3)
 OTHER_NAMES = ("flux2-dev", "flux2-klein", "lumina2")
 OTHER_NAMES += ("wan", "wan2.2-5b", "wan2.2-a14b", "ltx", "ltx-static")
 UNKNOWN = ("bria", "cogview4", "krea2", "sana")  # SANA's own preset writes such a file
-UNKNOWN += ("hunyuan-video", "sana-video", "mochi")
+UNKNOWN += ("kandinsky5-t2i", "kandinsky5-t2v", "hunyuan-video", "sana-video", "mochi")
 
 
 def products(state, prefix="transformer."):

@@ -10,6 +10,7 @@ from tiny_pipelines import FRAMES, PIPELINES, SIDES, tiny_pipeline, tiny_size
 
 from mfd_fast import DistillConfig, make_distiller
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
+from mfd_fast.models.diffusers.checkpoint import pipeline_around
 from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
 from mfd_fast.models.diffusers.lengths import OwnLengths
 from mfd_fast.models.diffusers.record import record, record_call
@@ -104,7 +105,7 @@ def test_decoding_is_the_pipelines(name):
     frames = [FRAMES[name]] if name in FRAMES else []
     assert made.shape == (2, *frames, 3, side, side)
     theirs = family.pipe(**call)
-    assert farthest(made, theirs.frames if frames else theirs.images) < BOUND
+    assert farthest(made, theirs[family.output]) < BOUND
 
 
 @families
@@ -186,6 +187,12 @@ def test_every_adapter_is_short_and_registered():
         assert len((folder / f"{name.split(':')[0]}.py").read_text().splitlines()) <= 120
 
 
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein", "kandinsky5-t2i", "kandinsky5-t2v"])
+def test_a_network_of_two_pipelines_says_whose_it_is(name):
+    pipe = tiny_pipeline(name)
+    assert type(pipeline_around(pipe.transformer, pipe.scheduler, pipe.vae)) is type(pipe)
+
+
 def test_what_is_refused_by_name():
     for name, why in {
         "PixArtSigmaPipeline": "is no flow model",
@@ -199,6 +206,15 @@ def test_what_is_refused_by_name():
     for pipe in (klein, krea):
         with pytest.raises(ValueError, match=r"distilled already.*the base checkpoint"):
             family_of(pipe)
+    image, sparse = shared_family("kandinsky5-t2i").pipe, tiny_pipeline("kandinsky5-t2v")
+    with pytest.raises(ValueError, match=r"one of 64x64 for Kandinsky5T2I.* would change 64x80"):
+        family_of(image, height=64, width=80)
+    sparse.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(ValueError, match=r"attention is 'nabla'.*those of 5 seconds"):
+        family_of(sparse, **tiny_size("kandinsky5-t2v"))
+    family = shared_family("cogview4")
+    with pytest.raises(ValueError, match=r"takes texts of one length, got lengths \[16, 64\]"):
+        record(family, family.encode(PROMPTS), noise_of(family), 1)
     hidream = shared_family("hidream").pipe
     with pytest.raises(ValueError, match="asked for 64 x 64 it makes 128 x 128"):
         family_of(hidream, height=64, width=64)
