@@ -199,14 +199,16 @@ class _Product(torch.autograd.Function):
 def freeze_linears(network: nn.Module, blocks: Patterns, base: str) -> dict[str, FrozenLinear]:
     """Put empty frozen layers in the place of the linear layers of the blocks, by name.
 
-    Those outside (embeddings, the last projection) stay what they are.  ``ValueError`` if the
-    blocks match nothing.
+    Those outside (embeddings, the last projection) stay what they are, and so do those that
+    diffusers keeps in float32.  ``ValueError`` if the blocks match nothing.
     """
     found, _ = find_modules(network, blocks)
+    listed = [getattr(module, "_keep_in_fp32_modules", None) for module in network.modules()]
+    wide = {part for names in listed for part in names or ()}
     made = {}
     for block, module in found.items():
         for name, child in [*module.named_modules()]:
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not wide & {*name.split(".")}:
                 parent, _, last = name.rpartition(".")
                 frozen = FrozenLinear(child, base)
                 setattr(module.get_submodule(parent), last, frozen)

@@ -75,6 +75,20 @@ def t5(size=32, kind="T5"):
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
+def qwen_vl(vocabulary=VOCABULARY):
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    text = dict(
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "rope_scaling": rope},
+        **{"rope_theta": 1e6, "vocab_size": vocabulary},
+        **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+    )
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"out_hidden_size": 16}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
 def decoder(kind, size=16, **options):
     """A small language model of the class ``kind``."""
     model = getattr(transformers, kind)

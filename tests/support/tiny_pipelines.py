@@ -6,7 +6,6 @@ from tiny_parts import (
     FLOW_SIGMAS,
     SHIFTED,
     SIZES,
-    VOCABULARY,
     clip,
     clip_tokenizer,
     decoder,
@@ -15,11 +14,12 @@ from tiny_parts import (
     flux2_vae,
     kl_vae,
     qwen_vae,
+    qwen_vl,
     t5,
     tokenizer,
     transformers,
 )
-from tiny_videos import FRAMES, VIDEOS
+from tiny_videos import FRAMES, VIDEOS, kandinsky5_parts
 
 
 def sd3():
@@ -64,32 +64,6 @@ def flux1(*, is_dev=True):
 
 
 def qwen_image():
-    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
-    text = dict(
-        **{
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
-        **{
-            "num_key_value_heads": 2,
-            "rope_scaling": rope,
-            "rope_theta": 1e6,
-            "vocab_size": VOCABULARY,
-        },
-        **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
-    )
-    vision = dict(
-        **{
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 16,
-        }
-    )
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return diffusers.QwenImagePipeline(
         transformer=diffusers.QwenImageTransformer2DModel(
             **{"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2},
@@ -100,7 +74,7 @@ def qwen_image():
             **SHIFTED | {"max_shift": 0.9, "max_image_seq_len": 8192}, shift_terminal=0.02
         ),
         vae=qwen_vae(),
-        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        text_encoder=qwen_vl(),
         tokenizer=tokenizer(),
     )
 
@@ -210,6 +184,23 @@ def chroma():
     )
 
 
+def cogview4():
+    return diffusers.CogView4Pipeline(
+        transformer=diffusers.CogView4Transformer2DModel(
+            **{"in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 8},
+            **{"attention_head_dim": 4, "num_attention_heads": 4, "text_embed_dim": 32},
+            **{"time_embed_dim": 8, "condition_dim": 4},
+        ),
+        scheduler=euler(
+            **{"use_dynamic_shifting": True, "time_shift_type": "linear"},
+            **{"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 4},
+        ),
+        vae=kl_vae(shift_factor=None),
+        text_encoder=decoder("GlmModel", 32),
+        tokenizer=tokenizer("<s> $A", padding_side="left"),
+    )
+
+
 def hidream(scheduler=None):
     pipe = diffusers.HiDreamImagePipeline(
         transformer=diffusers.HiDreamImageTransformer2DModel(
@@ -243,6 +234,12 @@ def bria():
         text_encoder=t5(),
         tokenizer=tokenizer("$A </s>"),
     )
+
+
+def kandinsky5_t2i():
+    pipe = diffusers.Kandinsky5T2IPipeline(**kandinsky5_parts(), vae=kl_vae())
+    pipe.resolutions = [(64, 64)]
+    return pipe
 
 
 def krea2(**options):
@@ -305,9 +302,11 @@ PIPELINES = {
     "lumina2": lumina2,
     "aura-flow": aura_flow,
     "chroma": chroma,
+    "cogview4": cogview4,
     "hidream": hidream,
     "hidream-euler": lambda: hidream(euler(shift=3.0)),
     "bria": bria,
+    "kandinsky5-t2i": kandinsky5_t2i,
     "krea2": krea2,
     "sana": sana,
     **VIDEOS,

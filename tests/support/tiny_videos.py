@@ -3,6 +3,7 @@
 from tiny_parts import (
     FLOW_SIGMAS,
     SHIFTED,
+    VOCABULARY,
     clip,
     clip_tokenizer,
     decoder,
@@ -11,6 +12,7 @@ from tiny_parts import (
     hunyuan_vae,
     ltx_vae,
     mochi_vae,
+    qwen_vl,
     t5,
     tokenizer,
     wan_vae,
@@ -102,6 +104,36 @@ def mochi():
     )
 
 
+def kandinsky5_parts(**network):
+    """Its processor of text and images is too much to build: a tokenizer, to which lines of the
+    template for videos are a token each, as many bytes do not fit.
+    """
+    words = tokenizer()
+    words.add_tokens(LINES)
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(
+            **{"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 16},
+            **{"time_dim": 16, "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1},
+            **{"num_visual_blocks": 2, "axes_dims": (4, 2, 2)},
+            **network,
+        ),
+        "scheduler": euler(shift=5.0),
+        **{"text_encoder": qwen_vl(VOCABULARY + len(LINES)), "tokenizer": words},
+        **{"text_encoder_2": clip("CLIPTextModel", size=16), "tokenizer_2": clip_tokenizer()},
+    }
+
+
+def kandinsky5_t2v():
+    parts = kandinsky5_parts(visual_cond=True)
+    return diffusers.Kandinsky5T2VPipeline(**parts, vae=hunyuan_vae())
+
+
+LINES = [
+    "Describe how the camera moves or shakes, describe the zoom and view angle, ",
+    "Describe the location of the video, main characters or objects and their action.",
+    "Name the visual style of the video: whether it is a professional footage, ",
+    "Describe the visual effects, postprocessing and transitions if they are presented in the ",
+]
 VIDEOS = {
     "wan": wan,
     "wan2.2-5b": lambda: wan(expand_timesteps=True),
@@ -110,9 +142,10 @@ VIDEOS = {
     "ltx": ltx,
     "ltx-static": lambda: ltx(euler(shift=1.0), timestep_conditioning=True),
     "sana-video": sana_video,
+    "kandinsky5-t2v": kandinsky5_t2v,
     "mochi": mochi,
 }
 FRAMES = {
     **dict.fromkeys(("wan", "wan2.2-5b", "wan2.2-a14b", "hunyuan-video", "sana-video"), 5),
-    **{"ltx": 9, "ltx-static": 9, "mochi": 7},
+    **{"ltx": 9, "ltx-static": 9, "mochi": 7, "kandinsky5-t2v": 5},
 }

@@ -22,6 +22,7 @@ from mfd_fast.flow.integrate import integrate
 from mfd_fast.flow.solvers import scheduled
 from mfd_fast.flow.times import Schedule
 from mfd_fast.models.diffusers.family import Family, FamilyNetwork
+from mfd_fast.models.diffusers.lengths import OwnLengths, Rows, by_length
 
 
 def backbone_of(
@@ -59,7 +60,8 @@ def backbone_of(
         targets=family.targets if targets is None else targets,
         generator=generator,
     )
-    backbone = (SharedBackbone if len(family.networks) == 1 else ExpertsBackbone)(
+    kind = SharedBackbone if len(family.networks) == 1 else ExpertsBackbone
+    backbone = (LengthsBackbone if isinstance(family, OwnLengths) else kind)(
         network,
         adapters=bank,
         sample_shape=family.sample_shape,
@@ -107,6 +109,33 @@ class ExpertsBackbone(SharedBackbone):
             return super().forward(x, t, prepared, lanes)
         finally:
             self.network.only = ""
+
+
+class LengthsBackbone(SharedBackbone):
+    """The three roles on the network of :class:`OwnLengths`: one call where all lanes have a text
+    of one length, else one for each length with a condition and one without.
+    """
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        n, together = check_lanes(x, prepared, lanes), super().forward
+        times = t if t.ndim == 2 else t[:, None].expand(n, len(lanes))
+        kinds = {lane.is_conditional: [] for lane in lanes}
+        for column, lane in enumerate(lanes):
+            kinds[lane.is_conditional].append(column)
+        lengths = {kind: (prepared.cond if kind else prepared.null)["length"][:n] for kind in kinds}
+        if len(torch.cat([*lengths.values()]).unique()) == 1:
+            return together(x, t, prepared, lanes)
+        made: dict[int, Tensor] = {}
+        for kind, columns in kinds.items():
+
+            def evaluate(rows: Rows, columns: list[int] = columns) -> Tensor:
+                parts = (torch.stack([y[rows, i] for i in columns], dim=1) for y in (x, times))
+                part = prepared if isinstance(rows, slice) else Part(prepared, rows)
+                return together(*parts, part, tuple(lanes[i] for i in columns))
+
+            v = by_length(lengths[kind], evaluate)
+            made |= dict(zip(columns, v.unbind(1), strict=True))
+        return torch.stack([made[column] for column in range(len(lanes))], dim=1)
 
 
 class Part(NamedTuple):

@@ -18,11 +18,11 @@ A student of {steps} steps of `{base}`, distilled with mfd-fast: a LoRA to be ad
 
 ```python
 import torch
-from diffusers import {pipeline}{export}
+from diffusers import {pipeline}{scheduler_class}{export}
 
 pipe = {pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")
 {loads}
-{scheduler}{kind} = pipe("a prompt", {call}).{kinds}[0]
+{scheduler}{kind} = pipe("a prompt", {call}).{output}[0]
 {written}```
 {comfyui}"""
 COMFYUI = """
@@ -34,7 +34,7 @@ LOADS = {
     "transformer": 'pipe.load_lora_weights(".", weight_name="{}")  # "." is this folder',
     "transformer_2": 'pipe.load_lora_weights(".", weight_name="{}", load_into_transformer_2=True)',
 }
-SCHEDULER = 'pipe.scheduler = type(pipe.scheduler).from_pretrained(".")\n'
+SCHEDULER = 'pipe.scheduler = {}.from_pretrained(".")\n'
 
 
 def write_card(
@@ -47,6 +47,7 @@ def write_card(
     pipeline: str,
     size: tuple[int, int],
     fps: float | None,
+    output: str,
     sampler: StudentSampler,
 ) -> None:
     """Write the card.
@@ -60,9 +61,11 @@ def write_card(
         pipeline: class of the base.
         size: height and width in pixels.
         fps: frames a second of videos; None: it makes images.
+        output: where the call's answer has them.
         sampler: of the student.
     """
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
+    scheduler = "" if sampler.scheduler is None else type(sampler.scheduler).__name__
     nodes = " ".join(f"{node:.4f}" for node in sampler.schedule.nodes)
     text = CARD.format(
         base=base,
@@ -77,10 +80,11 @@ def write_card(
         if comfyui
         else "",
         kind="image" if fps is None else "video",
-        kinds="images" if fps is None else "frames",
+        output=output,
         export="" if fps is None else "\nfrom diffusers.utils import export_to_video",
         written="" if fps is None else f'export_to_video(video, "video.mp4", fps={fps:g})\n',
-        scheduler=SCHEDULER if sampler.scheduler is not None else "",
+        scheduler=SCHEDULER.format(scheduler) if scheduler else "",
+        scheduler_class=f", {scheduler}" if scheduler else "",
         call=", ".join(f"{name}={value!r}" for name, value in call.items()),
     )
     write_text(path, text)

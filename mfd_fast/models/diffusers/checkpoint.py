@@ -117,11 +117,10 @@ def pipeline_around(transformer: nn.Module, scheduler: Any, vae: nn.Module | Non
         raise ValueError(f"{type(transformer).__name__} has no adapter; there are {known}")
     if vae is None and names[0].startswith("Flux2"):
         raise ValueError("FLUX.2's pipeline norms latents by its VAE: give vae")
-    # FLUX.2 dev and klein have one class of network: klein's is told no guidance.
-    is_first = len(names) == 1 or not transformer.config.guidance_embeds
-    return pipeline_with(
-        names[0] if is_first else names[1], transformer=transformer, scheduler=scheduler, vae=vae
-    )
+    # One class of network: FLUX.2's klein is told no guidance, Kandinsky 5 of images no frame.
+    told = (transformer.config.get(name) for name in ("guidance_embeds", "visual_cond"))
+    name = names[len(names) > 1 and any(told)]
+    return pipeline_with(name, transformer=transformer, scheduler=scheduler, vae=vae)
 
 
 @contextmanager

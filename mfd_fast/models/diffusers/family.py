@@ -26,11 +26,14 @@ FAMILIES = {
     "AuraFlowPipeline": "aura_flow:AuraFlow",
     "BriaPipeline": "bria:Bria",
     "ChromaPipeline": "chroma:Chroma",
+    "CogView4Pipeline": "cogview4:CogView4",
     "Flux2KleinPipeline": "flux2:Flux2Klein",
     "Flux2Pipeline": "flux2:Flux2",
     "FluxPipeline": "flux1:Flux1",
     "HiDreamImagePipeline": "hidream:HiDream",
     "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
+    "Kandinsky5T2IPipeline": "kandinsky5:Kandinsky5Image",
+    "Kandinsky5T2VPipeline": "kandinsky5:Kandinsky5Video",
     "Krea2Pipeline": "krea2:Krea2",
     "LTXPipeline": "ltx:LTX",
     "Lumina2Pipeline": "lumina2:Lumina2",
@@ -101,6 +104,8 @@ class Family:
     """Whether the pipeline's call has an argument ``sigmas``."""
     least_steps: ClassVar[int] = 1
     """Fewest steps that the pipeline's call can make."""
+    output: ClassVar[str] = "images"
+    """What the call's answer has it in."""
     names: ClassVar[dict[str, str]] = {"text": "prompt_embeds"}
     """Leaf of the condition -> argument of the pipeline's call."""
     extra: ClassVar[dict[str, Any]] = {}
@@ -109,6 +114,8 @@ class Family:
     """Latent pixels of one token, along a side."""
     why_eager: ClassVar[str] = ""
     """Why updates cannot be CUDA graphs, if they cannot."""
+    calls_vary: ClassVar[bool] = False
+    """Whether conditions and times say how often an evaluation calls a network."""
     why_uncompiled: ClassVar[str] = ""
     """Why its blocks cannot be compiled, if they cannot."""
     activations: ClassVar[tuple[str, ...]] = POLICIES
@@ -251,8 +258,28 @@ class Family:
         """Where the network is, and in its dtype if none is given."""
         return torch.zeros(*shape, dtype=dtype or self.pipe.transformer.dtype, device=self.device)
 
+    def blank_null(self) -> Cond:
+        """The same of the null condition, one row."""
+        return self.blank(1)
+
+    def cast(self, transformer: nn.Module, dtype: torch.dtype) -> None:
+        """Bring the network to a dtype, in place."""
+        transformer.to(dtype)
+
     def without_values(self, transformer: nn.Module) -> None:
         """Make the network's work the same for all values, so that it runs on ``meta``."""
+
+    def time_of(self, told: float) -> float:
+        """t of the time that the scheduler shows the network, over its number of train steps."""
+        return told
+
+    def even_scheduler(self) -> Any:
+        """The pipeline's scheduler, or one in its place that can have even nodes."""
+        return self.pipe.scheduler
+
+    def nodes_call(self, steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for even nodes, which its scheduler shifts."""
+        return {"sigmas": [1.0 - k / steps for k in range(steps)]}
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         """Arguments of the pipeline's call that stand for these conditions and the scale."""

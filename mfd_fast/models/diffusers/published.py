@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 CLIP_L, CLIP_G, T5 = 0.1237, 0.6947, 4.7623  # T5 XXL, its encoder
 UMT5, GEMMA2, LLAMA3 = 5.6809, 2.6143, 8.0303  # XXL, its encoder; 2 B; 8 B
+GLM4 = 8.7792  # 9 B, without its head
 QWEN3, QWEN3_8B, QWEN25_VL, QWEN3_VL = 4.0225, 8.1907, 8.2922, 4.4378  # 4 and 8, 7, 4 B
 KL = {
     "block_out_channels": (128, 256, 512, 512),
@@ -81,6 +82,11 @@ WAN22_VAE = {
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True},
     **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
 }
+COGVIEW4_VAE = KL | {
+    **{"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "latent_channels": 16},
+    **{"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False},
+}
+KANDINSKY5 = {"in_visual_dim": 16, "out_visual_dim": 16}
 QWEN_VAE = ("AutoencoderKLQwenImage", {})
 PUBLISHED = {
     "sd3-medium": _sd3(
@@ -113,6 +119,11 @@ PUBLISHED = {
         ("AutoencoderKL", KL),
     ),
     "chroma": Published("lodestones/Chroma1-HD", "ChromaPipeline", {}, T5),
+    "cogview4": Published(
+        *("THUDM/CogView4-6B", "CogView4Pipeline"),
+        {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32},
+        *(GLM4, ("AutoencoderKL", COGVIEW4_VAE)),
+    ),
     "hidream": Published(
         *("HiDream-ai/HiDream-I1-Full", "HiDreamImagePipeline", HIDREAM),
         CLIP_L + CLIP_G + T5 + LLAMA3,
@@ -144,6 +155,18 @@ PUBLISHED = {
     "ltx-2b": Published(
         *("Lightricks/LTX-Video", "LTXPipeline", {}, T5, ("AutoencoderKLLTXVideo", {})),
         settings={"frames": 161},
+    ),
+    "kandinsky5-t2i": Published(
+        *("kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers", "Kandinsky5T2IPipeline"),
+        KANDINSKY5
+        | {"model_dim": 2560, "ff_dim": 10240, "num_visual_blocks": 50, "axes_dims": (32, 48, 48)},
+        QWEN25_VL + CLIP_L,
+    ),
+    "kandinsky5-t2v": Published(
+        *("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", "Kandinsky5T2VPipeline"),
+        KANDINSKY5 | {"model_dim": 1792, "ff_dim": 7168, "visual_cond": True},
+        *(QWEN25_VL + CLIP_L, ("AutoencoderKLHunyuanVideo", {})),
+        settings={"frames": 121},
     ),
     "sana-video-2b": Published(
         *("Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "SanaVideoPipeline"),

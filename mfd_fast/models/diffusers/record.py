@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +75,10 @@ def record_call(
     def watched_step(output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = step(output, t, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
-        time, v = float(t) / scale, output
+        time, v = family.time_of(float(t) / scale), output
         if is_inverted:
             time, v = 1.0 - time, -output
-        made.steps.append(Step(v, time, sample, after, calls.copy()))
+        made.steps.append(Step(v, time, sample.clone(), after, calls.copy()))
         calls.clear()
         return result
 
@@ -113,7 +114,15 @@ def watched(networks: dict[str, Any], calls: list[dict[str, Any]], *, stub: bool
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             calls.append(dict(bound.arguments) | ({"network": name} if len(networks) > 1 else {}))
-            return (answer(bound.arguments),) if stub else forward(*args, **kwargs)
+            first, sample = next(iter(bound.arguments.items()))
+            if isinstance(sample, Tensor):
+                calls[-1][first] = sample.clone()  # a pipeline may step in place
+            if not stub:
+                return forward(*args, **kwargs)
+            made = answer(bound.arguments)
+            if bound.arguments.get("return_dict"):  # Kandinsky 5, whose sample has more channels
+                return SimpleNamespace(sample=made[..., : networks[name].config.out_visual_dim])
+            return (made,)
 
         return call
 

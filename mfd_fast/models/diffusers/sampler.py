@@ -30,7 +30,7 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
     Args:
         cond: any conditions of the family; only the first row is used, by no network.
     """
-    pipe, own = family.pipe, family.pipe.scheduler
+    pipe, own = family.pipe, family.even_scheduler()
     if steps < family.least_steps:
         raise ValueError(
             f"distill.student_steps must be at least {family.least_steps} for "
@@ -40,6 +40,7 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
     scheduler = type(own).from_config(own.config, **changes) if changes else None
     call: dict[str, Any] = {"num_inference_steps": steps, family.scale_name: family.unguided}
     call |= family.extra
+    nodes: dict[str, Any] = {}
     if not family.hands_sigmas and "solver_order" not in own.config:
         if not family.takes_sigmas:
             raise ValueError(
@@ -47,12 +48,12 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
                 "sigmas: give it the scheduler that it ships with, UniPCMultistepScheduler with "
                 "flow sigmas"
             )
-        call["sigmas"] = [1.0 - k / steps for k in range(steps)]
-    extra = {name: value for name, value in call.items() if name == "sigmas"}
+        nodes = family.nodes_call(steps)
+        call |= nodes
     first = {name: leaf[:1] for name, leaf in cond.items()}
     noise = torch.zeros(1, *family.sample_shape, device=family.device)
     with replaced(pipe, "scheduler", scheduler or own):
-        schedule = record(family, first, noise, steps, **extra).schedule
+        schedule = record(family, first, noise, steps, **nodes).schedule
     return StudentSampler(schedule, scheduler, call)
 
 

@@ -127,7 +127,7 @@ def within(name: str, network: str) -> bool:
 def _shapes(config: PipelineRun, family: Family) -> Shapes:
     settings = config.pipeline
     for network in family.networks.values():
-        network.requires_grad_(False).eval().to(getattr(torch, settings.dtype))
+        family.cast(network.requires_grad_(False).eval(), getattr(torch, settings.dtype))
         if settings.base not in ("bf16", "auto"):
             for layer in freeze_linears(named(network), family.blocks, settings.base).values():
                 layer.stored.zero_()
@@ -142,7 +142,7 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
     for network in family.networks.values():
         family.without_values(network)
     if family.has_null:
-        family.null_row = family.blank(1)
+        family.null_row = family.blank_null()
     return Shapes(backbone, family.blank)
 
 
@@ -150,7 +150,8 @@ def _shapes(config: PipelineRun, family: Family) -> Shapes:
 def stored_of(family: Family, settings: PipelineSettings) -> Stored:
     """Bytes of a family's network, which is on ``meta``, in the format of the settings."""
     base, dtype = settings.base.replace("auto", "bf16"), getattr(torch, settings.dtype)
-    network = named(deepcopy(family.pipe.transformer).to(dtype))
+    network = named(deepcopy(family.pipe.transformer))
+    family.cast(network["transformer"], dtype)
     layers = freeze_linears(network, family.blocks, base)
     tensors = [*network.parameters(), *network.buffers()]
     blocks = dict.fromkeys(find_modules(network, family.blocks)[0], 0)
@@ -233,6 +234,11 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
         raise ValueError(
             f"this {type(family.pipe).__name__} has two networks: leave out pipeline.base, "
             "pipeline.base_memory and pipeline.compile, which were tried with one"
+        )
+    if train.shard == "fsdp" and family.calls_vary:
+        raise ValueError(
+            f"train.shard must be none for this {type(family.pipe).__name__}: its ranks would call "
+            "the network a different number of times, and wait for each other"
         )
     if why := why_eager(config, family):
         if train.capture == "on":

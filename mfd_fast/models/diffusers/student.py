@@ -77,6 +77,7 @@ def save_student(
         pipeline=type(family.pipe).__name__,
         size=(family.height, family.width),
         fps=getattr(family, "fps", None),
+        output=family.output,
         sampler=sampler,
     )
     return [*written, path.with_name("README.md")]

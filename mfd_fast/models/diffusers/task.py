@@ -68,7 +68,9 @@ GRID = "samples_grid.png"
 IMAGES, VIDEOS = 4, 2  # in a grid
 SEED = 1
 # Words in the names of published checkpoints that are students themselves.
-DISTILLED = re.compile(r"schnell|turbo|lightning|sprint|distill|hyper|-?\d+-?steps?", re.IGNORECASE)
+DISTILLED = re.compile(
+    r"schnell|turbo|lightning|sprint|distill|nocfg|hyper|-?\d+-?steps?", re.IGNORECASE
+)
 
 
 class PipelineTask(Task):

@@ -21,6 +21,7 @@ class Video(Family):
     ``ValueError`` for frames that the latents cannot have.
     """
 
+    output: ClassVar[str] = "frames"
     frames_name: ClassVar[str] = "num_frames"
     """The argument of the pipeline's call that is the number of frames."""
     rate: ClassVar[float] = 16.0

@@ -48,6 +48,10 @@ class Wan(Video):
         return super().networks | second
 
     @property
+    def calls_vary(self) -> bool:
+        return self.boundary is not None
+
+    @property
     def why_eager(self) -> str:
         return "" if self.boundary is None else "times choose between two networks on the host"
 

@@ -18,8 +18,8 @@ from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora
 CONFIG = DistillConfig(aux_updates=1, step_size=0.3)
 OTHER_NAMES = ("flux2-dev", "flux2-klein", "lumina2")
 OTHER_NAMES += ("wan", "wan2.2-5b", "wan2.2-a14b", "ltx", "ltx-static")
-UNKNOWN = ("bria", "krea2", "sana")  # SANA's own preset writes such a file
-UNKNOWN += ("hunyuan-video", "sana-video", "mochi")
+UNKNOWN = ("bria", "cogview4", "krea2", "sana")  # SANA's own preset writes such a file
+UNKNOWN += ("kandinsky5-t2i", "kandinsky5-t2v", "hunyuan-video", "sana-video", "mochi")
 
 
 def products(state, prefix="transformer."):

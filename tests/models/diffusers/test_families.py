@@ -1,6 +1,7 @@
 """Every family on a tiny random pipeline: its own loop against our engine."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from tiny_pipelines import FRAMES, PIPELINES, SIDES, tiny_pipeline, tiny_size
 
 from mfd_fast import DistillConfig, make_distiller
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
+from mfd_fast.models.diffusers.checkpoint import pipeline_around
 from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
+from mfd_fast.models.diffusers.lengths import OwnLengths
 from mfd_fast.models.diffusers.record import record, record_call
 from mfd_fast.models.diffusers.sampler import student_sampler
 
@@ -39,6 +42,20 @@ def their_call(name):
     return {"prompt": list(PROMPTS)} | CALLS.get(name, {}) | frames
 
 
+def their_record(name, family, noise, steps, **call):
+    """What the pipeline makes of the prompts, of each alone where it attends to their padding."""
+    call = their_call(name) | call
+    if not isinstance(family, OwnLengths):
+        return record_call(family, noise, steps, **call)
+    made = [
+        record_call(family, row, steps, **call | {"prompt": [prompt]})
+        for row, prompt in zip(noise.split(1), PROMPTS, strict=True)
+    ]
+    schedules, ends = zip(*((x.schedule, x.end) for x in made), strict=True)
+    assert schedules[0] == schedules[1]
+    return SimpleNamespace(schedule=schedules[0], end=torch.cat(ends))
+
+
 def noise_of(family, rows=2):
     return torch.randn(rows, *family.sample_shape, generator=torch.Generator().manual_seed(1))
 
@@ -62,14 +79,15 @@ def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
         with pytest.raises(IndexError):
             record(family, cond, noise, steps)
     else:
-        schedule = record(family, cond, noise, steps).schedule
+        first = {leaf: value[:1] for leaf, value in cond.items()}
+        schedule = record(family, first, noise[:1], steps).schedule
     is_undefined = schedule is None or any(node != node for node in schedule.nodes)
     assert is_undefined == (steps == 1 and "shift_terminal" in own.config
                             and own.config.shift_terminal is not None)  # fmt: skip
     if is_undefined or "solver_order" in own.config:  # then Euler on our nodes
         sampler = student_sampler(family, cond, steps)
         schedule, family.pipe.scheduler = sampler.schedule, sampler.scheduler
-    theirs = record_call(family, noise, steps, **their_call(name))
+    theirs = their_record(name, family, noise, steps)
     family.pipe.scheduler = own
     assert theirs.schedule == schedule
     ours = teacher_samples(backbone_of(family, rank=2), cond, noise, schedule, family.guidance)
@@ -87,7 +105,7 @@ def test_decoding_is_the_pipelines(name):
     frames = [FRAMES[name]] if name in FRAMES else []
     assert made.shape == (2, *frames, 3, side, side)
     theirs = family.pipe(**call)
-    assert farthest(made, theirs.frames if frames else theirs.images) < BOUND
+    assert farthest(made, theirs[family.output]) < BOUND
 
 
 @families
@@ -126,10 +144,10 @@ def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
     state = backbone.adapters.adapter_state_dict("student", prefix="")
     teacher = family.pipe
     if (name, steps) != ("ltx", 1):  # whose own single step is at no number
-        without = record_call(family, noise, steps, **their_call(name) | off(sampler)).end
+        without = their_record(name, family, noise, steps, **off(sampler)).end
     load_lora(family, state)
     teacher.scheduler = sampler.scheduler or teacher.scheduler
-    theirs = record_call(family, noise, steps, **their_call(name) | off(sampler))
+    theirs = their_record(name, family, noise, steps, **off(sampler))
     assert theirs.schedule == sampler.schedule
     assert farthest(ours, theirs.end) < BOUND
     assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.2  # no last step next to 0
@@ -169,6 +187,12 @@ def test_every_adapter_is_short_and_registered():
         assert len((folder / f"{name.split(':')[0]}.py").read_text().splitlines()) <= 120
 
 
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein", "kandinsky5-t2i", "kandinsky5-t2v"])
+def test_a_network_of_two_pipelines_says_whose_it_is(name):
+    pipe = tiny_pipeline(name)
+    assert type(pipeline_around(pipe.transformer, pipe.scheduler, pipe.vae)) is type(pipe)
+
+
 def test_what_is_refused_by_name():
     for name, why in {
         "PixArtSigmaPipeline": "is no flow model",
@@ -182,6 +206,15 @@ def test_what_is_refused_by_name():
     for pipe in (klein, krea):
         with pytest.raises(ValueError, match=r"distilled already.*the base checkpoint"):
             family_of(pipe)
+    image, sparse = shared_family("kandinsky5-t2i").pipe, tiny_pipeline("kandinsky5-t2v")
+    with pytest.raises(ValueError, match=r"one of 64x64 for Kandinsky5T2I.* would change 64x80"):
+        family_of(image, height=64, width=80)
+    sparse.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(ValueError, match=r"attention is 'nabla'.*those of 5 seconds"):
+        family_of(sparse, **tiny_size("kandinsky5-t2v"))
+    family = shared_family("cogview4")
+    with pytest.raises(ValueError, match=r"takes texts of one length, got lengths \[16, 64\]"):
+        record(family, family.encode(PROMPTS), noise_of(family), 1)
     hidream = shared_family("hidream").pipe
     with pytest.raises(ValueError, match="asked for 64 x 64 it makes 128 x 128"):
         family_of(hidream, height=64, width=64)

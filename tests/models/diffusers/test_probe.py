@@ -10,6 +10,9 @@ from mfd_fast.models.diffusers.probe import probe
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
 
 
+BF16 = ("sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan", "kandinsky5-t2v")
+
+
 def probed(name, change=None, dtype=torch.float32):
     """The probe of a family whose pipeline or adapter was changed after it was made."""
     family = family_of(tiny_pipeline(name), **tiny_size(name))
@@ -29,7 +32,7 @@ def test_it_passes_on_what_is_installed(name):
     probed(name)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan"])
+@pytest.mark.parametrize("name", BF16)
 def test_it_passes_in_bf16(name):
     probed(name, dtype=torch.bfloat16)
 

@@ -31,6 +31,7 @@ SIZES = {
     "z-image": (6.155, 56.58),
     "lumina2": (2.610, 23.83),
     "auraflow": (6.859, 43.97),
+    "cogview4": (6.369, 57.28),
     "hidream": (17.106, 77.8),
     "chroma": (8.900, 74.57),
     "bria": (3.786, 25.30),
@@ -40,6 +41,8 @@ SIZES = {
     "wan2.2-a14b": (14.288, 1678),  # each of the two
     "hunyuan-video": (12.821, 12069),
     "ltx-2b": (1.923, 37.13),
+    "kandinsky5-t2i": (6.022, 47.13),
+    "kandinsky5-t2v": (2.008, 660.0),
     "sana-video-2b": (1.906, 111.2),
 }
 VIDEO_SIZES = {  # height, width and frames of those counts
@@ -47,6 +50,7 @@ VIDEO_SIZES = {  # height, width and frames of those counts
     "wan2.2-5b": (704, 1280, 121),
     "hunyuan-video": (720, 1280, 129),
     "ltx-2b": (512, 704, 161),
+    "kandinsky5-t2v": (512, 768, 121),
 }
 
 

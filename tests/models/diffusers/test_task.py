@@ -18,7 +18,8 @@ from mfd_fast.models.diffusers.record import record_call
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-NAMES = ("sd3", "qwen-image")  # linear guidance and call arguments; renormalised and a scheduler
+# Linear guidance and call arguments; renormalised and a scheduler; texts of their own lengths.
+NAMES = ("sd3", "qwen-image", "cogview4")
 ON_LORA = "sd3-lora"  # a run whose teacher has a LoRA
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow", "two boats"]
 SHORT = [
@@ -67,11 +68,13 @@ def test_a_run_leaves_a_lora_pictures_and_a_card(name, runs):
     assert [row["distance"] > 0 for row in rows] == [False, True, True]
     card = (run / "README.md").read_text()
     assert f"base_model: {name}\n" in card
-    assert ("scheduler" in card) == (run / "scheduler_config.json").is_file() == (name != "sd3")
+    has_scheduler = (run / "scheduler_config.json").is_file()
+    assert ("scheduler" in card) == has_scheduler == (name == "qwen-image")
 
 
 def test_the_start_says_which_updates_run_eagerly_and_why(models, prompts, capsys):
-    for name, why in {"sd3": "", "qwen-image": "diffusers makes a tensor on the host"}.items():
+    whys = {"sd3": "", "qwen-image": "diffusers makes a tensor", "cogview4": "texts of each"}
+    for name, why in whys.items():
         found = settings(models / name, prompts).task().check()
         assert found.get("step", "").startswith(f"eager ({why}" if why else "")
 
@@ -95,11 +98,16 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, mo
     size = call.pop("height"), call.pop("width")
     family = family_of(pipe, height=size[0], width=size[1])
     steps = call.pop("num_inference_steps")
-    without = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
+
+    def end():  # of each prompt alone, as the card types it
+        rows = zip(noise.split(1), PROMPTS, strict=False)
+        return torch.cat([record_call(family, x, steps, prompt=p, **call).end for x, p in rows])
+
+    without = end()
     pipe.load_lora_weights(run.path, weight_name=weights)
     if "pipe.scheduler" in card:
         pipe.scheduler = type(pipe.scheduler).from_pretrained(run.path)
-    theirs = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
+    theirs = end()
     assert float((ours - theirs).abs().max()) < BOUND
     assert float((without - theirs).abs().max()) > 10 * BOUND  # the LoRA does something
 
@@ -218,6 +226,10 @@ def test_what_is_refused_before_anything_is_loaded(models, prompts, tmp_path, ca
         capsys, sd3, *text, "--resolution", "64x64", "--distill.guidance", "2"
     )
     assert not (tmp_path / "out").exists()
+    config = settings(models / "cogview4", prompts)
+    sharded = replace(config, train=replace(config.train, shard="fsdp", preview_every=0))
+    with pytest.raises(ValueError, match="must be none for this CogView4Pipeline: its ranks would"):
+        sharded.resolved()
 
 
 @pytest.fixture
