@@ -29,7 +29,9 @@ def test_it_passes_on_what_is_installed(name):
     probed(name)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan", "cosmos2"]
+)
 def test_it_passes_in_bf16(name):
     probed(name, dtype=torch.bfloat16)
 
@@ -64,6 +66,7 @@ PLANTED = {
     "time": ("sd3", other_clock, r"timestep 1, not 1000"),
     "calls": ("sd3", third_lane, r"evaluates 3 rows in a step of one image, not 2"),
     "guidance": ("aura-flow", other_scale, r"guidance_scale 3.5 the guided velocity .* differs"),
+    "of x_0": ("cosmos2", other_scale, r"guidance_scale 7 the guided velocity .* differs"),
     "renormalised": ("qwen-image", linear, r"true_cfg_scale 4 the guided velocity .* differs"),
     "embedded": ("flux1-dev", other_scale, r"called with guidance 4\.5, not 3\.5"),
 }

@@ -41,8 +41,11 @@ SIZES = {
     "hunyuan-video": (12.821, 12069),
     "ltx-2b": (1.923, 37.13),
     "sana-video-2b": (1.906, 111.2),
+    "cosmos2-2b": (1.956, 17.84),
+    "cosmos2-14b": (14.265, 122.0),
 }
-VIDEO_SIZES = {  # height, width and frames of those counts
+SHAPES = {  # height, width and frames of those counts
+    **dict.fromkeys(("cosmos2-2b", "cosmos2-14b"), (768, 1360)),
     **dict.fromkeys(("wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b", "sana-video-2b"), (480, 832, 81)),
     "wan2.2-5b": (704, 1280, 121),
     "hunyuan-video": (720, 1280, 129),
@@ -64,8 +67,8 @@ def test_sizes_and_operations_of_the_real_configurations(name):
         parameters, abs=6e-4
     )
     assert counter.get_total_flops() / 1e12 == pytest.approx(tera, rel=0.01)
-    frames = (family.frames,) if name in VIDEO_SIZES else ()
-    assert (family.height, family.width, *frames) == VIDEO_SIZES.get(name, (1024, 1024))
+    size = SHAPES.get(name, (1024, 1024))
+    assert (family.height, family.width, getattr(family, "frames", None)) == (*size, None)[:3]
     assert type(family.pipe).__name__ == PUBLISHED[name].pipeline
 
 

@@ -27,6 +27,7 @@ KINDS = {
     "renormalised": ("qwen-image", "lumina2"),
     "embedded": ("flux1-dev", "flux2-dev"),
     "lists, 1 + s": ("z-image", "krea2"),
+    "from t = 80/81": ("cosmos2",),
     "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
 
@@ -64,7 +65,7 @@ def literal_gradient(family, backbone, cond, z, eps, table, schedule):
             w = family.guidance
             return u + w * (v - u) if family.combine is None else family.combine(v, u, w)
 
-        x0 = z[row]
+        x0 = schedule.start * z[row]
         for k, time in enumerate(schedule.times):
             step = schedule.nodes[k] - schedule.nodes[k + 1]
             x0 = x0 - step * velocity("student", x0, torch.tensor([time]))
