@@ -4,6 +4,8 @@
     cheap    results of large matmuls, convolutions and attention; norms, activations,
              gates and other pointwise work are computed again
     block    the input of every block; the block is computed again
+    chunk    the same, and the MLPs of a block run over CHUNK tokens at a time, each piece computed
+             again by itself: their hidden layers are never there for a whole long sequence
 
 The frozen network needs no inputs for gradients of its weights, so what ``cheap`` and ``block``
 drop is mostly what pointwise operators keep.  Built on torch.utils.checkpoint.
@@ -25,7 +27,9 @@ from torch.utils.checkpoint import (
 
 from mfd_fast.backbones.networks import Patterns, find_modules
 
-POLICIES = ("none", "cheap", "block")
+POLICIES = ("none", "cheap", "block", "chunk")
+CHUNK = 8192  # tokens; shorter sequences are whole
+POINTWISE = tuple(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "linear"))
 
 # Which argument of a product is its first factor; its last dimension is summed over.
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "linear": 0}
@@ -67,7 +71,7 @@ def apply_activation_policy(
     """Let the blocks of a network keep less in forwards with gradient; others are untouched.
 
     Args:
-        policy: ``"none"``, ``"cheap"`` or ``"block"``, above.
+        policy: ``"none"``, ``"cheap"``, ``"block"`` or ``"chunk"``, above.
         blocks: the modules to treat, usually the repeated blocks: names in a tuple or one regular
             expression (``networks.find_modules``).
         recompute_context: called in the forward; entered for the recomputation.  Restores what the
@@ -76,7 +80,8 @@ def apply_activation_policy(
             compiler keeps what ``"cheap"`` keeps and computes pointwise work again by itself.
 
     No random numbers may be drawn inside a block: recomputation does not restore their state.
-    ``ValueError``: unknown policy, no block found, blocks inside each other or treated already.
+    ``ValueError``: unknown policy, no block found, blocks inside each other or treated already, no
+    MLP to take in pieces, or pieces of compiled blocks.
     """
     if policy not in POLICIES:
         raise ValueError(f"the activation policy must be one of {list(POLICIES)}, got {policy!r}")
@@ -95,15 +100,62 @@ def apply_activation_policy(
             raise ValueError(f"block {name} lies inside block {outer[0]}; name only one of them")
         if "forward" in vars(block):
             raise ValueError(f"the forward of block {name} is replaced already; remove that first")
-    make_contexts = {"cheap": _cheap_contexts, "block": _block_contexts}.get(policy)
-    if compiled is not None and policy == "cheap":
-        make_contexts = None
+    mlps = _mlps(found, compiled) if policy == "chunk" else {}
+    make_contexts = _contexts_of(policy, is_compiled=compiled is not None)
     forwards = {name: block.forward for name, block in found.items()}
     for name, forward in (forwards if compiled is None else compiled(found)).items():
         if make_contexts is not None:
             forward = partial(_forward, forward, partial(make_contexts, recompute_context))
         found[name].forward = forward
-    return ActivationPolicy(found)
+    for mlp in mlps.values():
+        contexts = partial(_block_contexts, recompute_context)
+        mlp.forward = partial(_in_pieces, mlp.forward, contexts)
+    return ActivationPolicy(found | mlps)
+
+
+def _contexts_of(policy: str, *, is_compiled: bool) -> Callable | None:
+    """What makes the two contexts of a checkpoint around a block; None without one."""
+    if policy == "cheap":
+        return None if is_compiled else _cheap_contexts
+    return None if policy == "none" else _block_contexts
+
+
+def _mlps(blocks: dict[str, nn.Module], compiled: Any) -> dict[str, nn.Module]:
+    """The modules of blocks that do the same to every token, by name; the outermost of them."""
+    if compiled is not None:
+        raise ValueError("activation policy 'chunk' and compiled blocks exclude each other")
+    found: dict[str, nn.Module] = {}
+    for name, block in blocks.items():
+        for part, module in block.named_modules(prefix=name):
+            if _is_mlp(module) and not any(part.startswith(f"{other}.") for other in found):
+                found[part] = module
+    if not found:
+        raise ValueError(
+            f"activation policy 'chunk' found no MLP of linear layers in {', '.join(blocks)}; take "
+            "'block'"
+        )
+    return found
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """A Sequential or what calls itself a feed-forward, of linear layers and pointwise functions
+    alone.
+    """
+    leaves = [x for x in module.modules() if next(x.children(), None) is None]
+    others = [x for x in leaves if not isinstance(x, nn.Linear)]
+    if len(leaves) < len(others) + 2 or any(list(x.parameters()) for x in others):
+        return False
+    if isinstance(module, nn.Sequential):
+        return all(type(x).__module__ in POINTWISE and "max" not in repr(x) for x in others)
+    return type(module).__name__.endswith("FeedForward")
+
+
+def _in_pieces(forward: Callable, contexts: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """An MLP's forward over x ``[B, N, C]``, N tokens in pieces; other calls are as they were."""
+    if args or kwargs or x.ndim != 3 or x.shape[1] <= CHUNK:
+        return forward(x, *args, **kwargs)
+    pieces = x.split(CHUNK, dim=1)
+    return torch.cat([_forward(forward, contexts, piece) for piece in pieces], dim=1)
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -38,8 +38,8 @@ class SharedBackbone(nn.Module):
         dtype: what x is cast to before it enters the network; that of its parameters if None.
         teacher_adapter: a frozen adapter of the bank (``AdapterBank.add_frozen``) that belongs to
             every role: the teacher is network + adapter.
-        activation: what the forward with gradient keeps, ``"none"``, ``"cheap"`` or ``"block"``
-            (``activation.apply_activation_policy``); the last two need ``blocks``.
+        activation: what the forward with gradient keeps (``activation.apply_activation_policy``);
+            all but ``"none"`` need ``blocks``.
         blocks: the repeated blocks of the network, by name.
         compiler: a backend of torch.compile, ``"inductor"``: each kind of ``blocks`` is compiled
             once for all of its kind (``compiled.compile_blocks``).

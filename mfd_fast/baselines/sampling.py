@@ -68,11 +68,12 @@ def one_step(velocity: Velocity, x: Tensor, t: float) -> Tensor:
 def renoised_states(
     velocity: Velocity, noise: Tensor, schedule: Schedule, fresh_noise: Callable[[], Tensor]
 ) -> Iterator[tuple[Tensor, float]]:
-    """The student's own noisy states (x, t), one for every step: noise at t = 1 first.
+    """The student's own noisy states (x, t), one for every step: the schedule's
+    beginning, noise at t = 1, first.
 
     The next state costs an evaluation only when it is asked for (DMD2's backward simulation).
     """
-    x = noise
+    x = schedule.begin(noise)
     for k, t in enumerate(schedule.nodes[:-1]):
         if k:
             x0 = one_step(velocity, x, schedule.nodes[k - 1])

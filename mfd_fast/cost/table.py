@@ -86,6 +86,10 @@ def _number(value: float, form: str) -> str:
     return f"{value:,.0f}" if "e+" in text else text
 
 
+def _gigabytes(size: float) -> str:
+    return _number(size / 1e9, ".3g")
+
+
 def duration(span: Span) -> str:
     """Seconds in the unit that a person would take."""
     name, size, _ = next(unit for unit in UNITS if span.high < unit[2] * unit[1])
@@ -124,7 +128,7 @@ def _choices(run: Estimate) -> str:
 
 def _choice(seconds: Span, here: Span, size: float) -> list[str]:
     ratio = Span(*sorted((seconds.low / here.low, seconds.high / here.high)))
-    return [_range(seconds.times(1e3)), f"{_range(ratio, '.2f')}x", f"{size / 1e9:.3g}"]
+    return [_range(seconds.times(1e3)), f"{_range(ratio, '.2f')}x", _gigabytes(size)]
 
 
 def _cycle(run: Estimate) -> str:
@@ -168,12 +172,12 @@ def _families(run: Estimate) -> str:
 
 def _memory(run: Estimate) -> str:
     parts = " + ".join(
-        f"{name} {size / 1e9:.3g}" for name, size in run.memory.items() if size > 5e6
+        f"{name} {_gigabytes(size)}" for name, size in run.memory.items() if size > 5e6
     )
-    said = f"memory      {sum(run.memory.values()) / 1e9:.4g} GB: {parts}"
+    said = f"memory      {_number(sum(run.memory.values()) / 1e9, '.4g')} GB: {parts}"
     if run.swap is not None:
         said += f"\non the host {len(run.swap.swapped)} blocks of the base, "
-        said += f"{run.swap.host_bytes / 1e9:.3g} GB, which every pass copies at "
+        said += f"{_gigabytes(run.swap.host_bytes)} GB, which every pass copies at "
         said += f"{run.device.pcie / 1e9:.3g} GB/s (assumed)"
     others = run.config.beside_the_updates().items()
     return said + "".join(f"\nonly between updates: {name} {x / 1e9:.3f} GB" for name, x in others)
@@ -185,14 +189,14 @@ def _fit(run: Estimate) -> str:
         verdict = f"It fits in {limit / 1e9:.4g} GB; the largest batch that does: "
         verdict += f"{_batch(run.largest_batch)} (this profile)."
     else:
-        verdict = f"It does not fit: {(total - limit) / 1e9:.3g} GB more than the "
+        verdict = f"It does not fit: {_gigabytes(total - limit)} GB more than the "
         verdict += f"{limit / 1e9:.4g} GB there are. Largest batch that fits: {run.largest_batch}."
     if run.cheapest is not None:
         return f"{verdict}\nFastest profile that fits at this batch: {_profile(run.cheapest)}."
     fewer = "lower --train.batch-size, or " if run.cycle.batch > 1 else ""
     return (
         f"{verdict}\nNo profile fits at this batch; the smallest, {_profile(run.smallest)}, needs "
-        f"{(run.smallest.bytes - limit) / 1e9:.3g} GB more: {fewer}take a larger GPU."
+        f"{_gigabytes(run.smallest.bytes - limit)} GB more: {fewer}take a larger GPU."
     )
 
 
@@ -205,8 +209,9 @@ def _bases(run: Estimate) -> str:
     rows = []
     for plan in run.bases:
         fits = plan.bytes <= run.device.memory
-        blocks = f"{len(plan.swap.swapped)}, {plan.swap.host_bytes / 1e9:.3g}" if plan.swap else "0"
-        way = [plan.activation, plan.optimizer, f"{plan.bytes / 1e9:.3g}", blocks]
+        host = plan.swap and _gigabytes(plan.swap.host_bytes)
+        blocks = f"{len(plan.swap.swapped)}, {host}" if plan.swap else "0"
+        way = [plan.activation, plan.optimizer, _gigabytes(plan.bytes), blocks]
         cost = [_range(plan.seconds.times(1e3)), plan.bound] if fits else ["does not fit", ""]
         rows.append([plan.base, *way, *cost])
     head = ["base", "activations", "optimizer", "GB", "host blocks, GB", "ms a cycle", "bound"]
@@ -224,7 +229,7 @@ def _flags(profile: Profile) -> str:
 def _profile(profile: Profile) -> str:
     return (
         f"{_flags(profile)}--train.activation {profile.activation} with {profile.optimizer} "
-        f"({profile.bytes / 1e9:.3g} GB, {_range(profile.seconds.times(1e3))} ms a cycle)"
+        f"({_gigabytes(profile.bytes)} GB, {_range(profile.seconds.times(1e3))} ms a cycle)"
     )
 
 
@@ -234,9 +239,11 @@ def _run(run: Estimate) -> str:
     gpus = (
         f", {_range(run.seconds.times(run.gpus / 3600), '.3g')} GPU hours" if run.gpus > 1 else ""
     )
+    hours = run.seconds.times(1000 / run.cycles / 3600)
     return (
         f"The run: {run.config.train.updates} student updates in {run.cycles:.0f} cycles: "
-        f"{duration(run.seconds)}{gpus}{energy}."
+        f"{duration(run.seconds)}{gpus}{energy}.\n"
+        f"1,000 cycles: {_range(hours, '.3g')} hours, predicted."
     )
 
 

@@ -236,7 +236,7 @@ def generate(
     def lane_velocity(x_in, time):
         return _checked(student_velocity(x_in[:, 0], time), x_in[:, 0])[:, None]
 
-    return integrate(lane_velocity, noise[:, None], table)[:, 0]
+    return integrate(lane_velocity, schedule.begin(noise)[:, None], table)[:, 0]
 
 
 @lru_cache(maxsize=64)

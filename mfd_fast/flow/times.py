@@ -19,11 +19,17 @@ class Schedule(NamedTuple):
 
     ``nodes`` are the K + 1 times that the state visits, descending; ``times`` the K times shown to
     the network (they differ from ``nodes[:-1]`` when a checkpoint's scheduler rounds its
-    timesteps).
+    timesteps).  The state at ``nodes[0]`` is ``start`` times standard normal noise: 1, or
+    ``nodes[0]`` of a flow that begins below t = 1, where x_t = (1 - t) data + t noise.
     """
 
     nodes: tuple[float, ...]
     times: tuple[float, ...]
+    start: float = 1.0
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """The state at ``nodes[0]`` from standard normal noise, both ``[B, ...]``."""
+        return noise if self.start == 1.0 else self.start * noise
 
 
 def uniform_schedule(steps: int) -> Schedule:

@@ -60,9 +60,9 @@ class TrainConfig(Settings):
     """Evaluate lanes without gradient in e4m3; needs adapters and, on a GPU, compute capability
     8.9.
     """
-    activation: Literal["none", "cheap", "block"] = "none"
+    activation: Literal["none", "cheap", "block", "chunk"] = "none"
     """What the student's forward recomputes in its backward: nothing, pointwise operators,
-    blocks.
+    blocks, or blocks with the MLPs of long sequences in pieces.
     """
     checkpoint_every: CountOrOff = 100
     """Write a checkpoint every this many student updates; 0: only at the end or when stopped."""

@@ -44,9 +44,10 @@ def swapping(share, made, copies=LateCopies):
     return place
 
 
-@pytest.mark.parametrize("activation", ["none", "cheap", "block"])
+@pytest.mark.parametrize("activation", ["none", "cheap", "block", "chunk"])
 @pytest.mark.parametrize(("base", "share"), [("bf16", 0.8), ("int8", 0.4)])
-def test_swapped_is_resident_bit_for_bit(base, share, activation):
+def test_swapped_is_resident_bit_for_bit(base, share, activation, monkeypatch):
+    monkeypatch.setattr("mfd_fast.backbones.activation.CHUNK", 4)
     resident, _ = updates("flux1-dev", flux(base), activation=activation)
     for copies in (LateCopies, CpuCopies):  # as late as can be, and as early
         made = [flux(base)]

@@ -5,7 +5,9 @@ import torch
 from gaussian import GaussianFlow
 
 from mfd_fast import generate, guided, mean_velocity
+from mfd_fast.baselines.sampling import few_step
 from mfd_fast.flow.solvers import SOLVERS, plan
+from mfd_fast.flow.times import Schedule
 from mfd_fast.testing.numerics import assert_as_accurate
 
 FLOW = GaussianFlow()
@@ -166,3 +168,18 @@ def test_gradient_of_generation_equals_autograd_of_the_in_place_value(solver):
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("sampler", ["flow", "renoise"])
+def test_a_schedule_that_begins_below_1_begins_with_its_share_of_noise(sampler):
+    """Of exact velocities to one point, x_t = (1 - t) data + t noise is left for the data."""
+    noise, data, start = torch.randn(3, 4), torch.tensor([1.0, -2.0, 0.5, 3.0]), 80 / 81
+    schedule, states = Schedule((start, 0.5, 0.0), (start, 0.5), start), []
+
+    def velocity(x, t):
+        states.append(x)
+        return (x - data) / t[:, None]
+
+    end = few_step(sampler, velocity, noise, steps=2, schedule=schedule)
+    assert torch.equal(states[0], start * noise)
+    torch.testing.assert_close(end, data.expand(3, 4))

@@ -1,6 +1,7 @@
 """A small random pipeline of every family: nothing is downloaded, each takes a moment to build."""
 
 import torch
+from tiny_others import OTHERS
 from tiny_parts import (
     CHAT,
     FLOW_SIGMAS,
@@ -310,6 +311,7 @@ PIPELINES = {
     "krea2": krea2,
     "sana": sana,
     **VIDEOS,
+    **OTHERS,
 }
 # Of the images and videos; 64 for the others.
 SIDES = {"hidream": 128, "hidream-euler": 128, "ltx": 32, "ltx-static": 32}

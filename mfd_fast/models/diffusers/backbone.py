@@ -160,15 +160,18 @@ class Part(NamedTuple):
 def teacher_samples(
     backbone: Backbone, cond: Any, noise: Tensor, schedule: Schedule, guidance: float
 ) -> Tensor:
-    """Samples ``[B, *S]`` of the guided teacher by Euler steps on the schedule's nodes."""
+    """Samples ``[B, *S]`` of the guided teacher by Euler steps on the schedule's nodes.
+
+    Where these end above t = 0 the state x_t / (1 - t) is taken for the data.
+    """
     lanes = trajectory_lanes(guidance)[:-1]
     prepared = backbone.prepare(cond)
     end = integrate(
         lambda x, t: guided_lanes(backbone, x, t, prepared, lanes, guidance),
-        noise[:, None],
+        schedule.begin(noise)[:, None],
         scheduled(schedule, len(noise)),
         guidance=guidance,
         num_lanes=len(lanes),
         dtype=backbone.dtype,
     )
-    return end[:, 0]
+    return end[:, 0] / (1.0 - schedule.nodes[-1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mfd_fast.files.whole import write_text
 from mfd_fast.models.diffusers.sampler import StudentSampler
@@ -35,6 +36,8 @@ LOADS = {
     "transformer_2": 'pipe.load_lora_weights(".", weight_name="{}", load_into_transformer_2=True)',
 }
 SCHEDULER = 'pipe.scheduler = {}.from_pretrained(".")\n'
+# Of a pipeline without a loader of its own.
+LOAD = 'pipe.transformer.load_lora_adapter(".", weight_name="{}")  # "." is this folder'
 
 
 def write_card(
@@ -44,7 +47,7 @@ def write_card(
     loads: dict[str, str],
     comfyui: Sequence[str],
     workflow: str,
-    pipeline: str,
+    pipe: Any,
     size: tuple[int, int],
     fps: float | None,
     output: str,
@@ -58,20 +61,21 @@ def write_card(
         loads: network of the pipeline -> the file that is added to it.
         comfyui: the files that ComfyUI reads, one for each network, or none.
         workflow: a file that uses them, or empty.
-        pipeline: class of the base.
+        pipe: the base.
         size: height and width in pixels.
         fps: frames a second of videos; None: it makes images.
         output: where the call's answer has them.
         sampler: of the student.
     """
+    lines = LOADS if hasattr(pipe, "load_lora_weights") else {"transformer": LOAD}
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
     scheduler = "" if sampler.scheduler is None else type(sampler.scheduler).__name__
     nodes = " ".join(f"{node:.4f}" for node in sampler.schedule.nodes)
     text = CARD.format(
         base=base,
         steps=call["num_inference_steps"],
-        pipeline=pipeline,
-        loads="\n".join(LOADS[network].format(file) for network, file in loads.items()),
+        pipeline=type(pipe).__name__,
+        loads="\n".join(lines[network].format(file) for network, file in loads.items()),
         comfyui=COMFYUI.format(
             file=" and ".join(f"`{x}`" for x in comfyui),
             nodes=nodes,

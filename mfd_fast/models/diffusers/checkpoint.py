@@ -92,7 +92,13 @@ def pipeline_with(name: str, **parts: Any) -> Any:
     cls = of_diffusers(name)
     needed = inspect.signature(cls.__init__).parameters.items()
     missing = {part: None for part, p in needed if p.default is p.empty and part != "self"}
-    return cls(**missing | parts)
+    return cls(**missing | unchecked(cls) | parts)
+
+
+def unchecked(cls: type) -> dict[str, nn.Module]:
+    """A placeholder for the safety checker of a pipeline that wants one, where nothing is made."""
+    wants = "safety_checker" in inspect.signature(cls.__init__).parameters
+    return {"safety_checker": nn.Module()} if wants else {}
 
 
 def network_class(name: str) -> type[nn.Module]:
@@ -144,6 +150,7 @@ def quiet() -> Iterator[None]:
 def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
+    made |= unchecked(getattr(diffusers, index["_class_name"]))
     del made["scheduler"]  # which is read
     for name in made.keys() & {"transformer", "transformer_2", "vae"}:
         cls = of_diffusers(parts_of(index)[name])

@@ -27,6 +27,7 @@ FAMILIES = {
     "BriaPipeline": "bria:Bria",
     "ChromaPipeline": "chroma:Chroma",
     "CogView4Pipeline": "cogview4:CogView4",
+    "Cosmos2TextToImagePipeline": "cosmos2:Cosmos2",
     "Flux2KleinPipeline": "flux2:Flux2Klein",
     "Flux2Pipeline": "flux2:Flux2",
     "FluxPipeline": "flux1:Flux1",
@@ -126,6 +127,8 @@ class Family:
     """ComfyUI's layers and those here that are one there, {} for the number of a block; empty: it
     reads files under diffusers' names; None: not known.
     """
+    rounding: ClassVar[float] = 0.0
+    """What a recorded velocity is off by at least, relative to it (:meth:`as_flow`)."""
     combine: Callable[[Tensor, Tensor, float], Tensor] | None = None
     """(v_cond, v_uncond, scale) -> guided velocity, where that is not linear."""
 
@@ -287,6 +290,10 @@ class Family:
         if null is not None:
             given |= {f"negative_{name}": null[leaf] for leaf, name in self.names.items()}
         return given | {self.scale_name: self.scale} | self.extra
+
+    def as_flow(self, recording: Any) -> Any:
+        """A ``record.Recording`` of the pipeline in times and velocities of ours; it may change."""
+        return recording
 
     def pipe_latents(self, x: Tensor) -> Tensor:
         """Samples as the pipeline's argument ``latents`` takes them."""

@@ -103,10 +103,10 @@ def _guidance(family: Family, step: Step, outputs: list[Tensor]) -> Iterator[str
         v = family.combine(*outputs, family.guidance)
     else:
         v = outputs[1] + family.guidance * (outputs[0] - outputs[1])
-    theirs = step.output.float()
-    if _same(theirs, v, family.pipe.transformer.dtype):
+    theirs, rounding = step.output.float(), (family.pipe.transformer.dtype, family.rounding)
+    if _same(theirs, v, *rounding):
         return
-    if _same(theirs, -v, family.pipe.transformer.dtype):
+    if _same(theirs, -v, *rounding):
         yield "the velocity that its scheduler gets has the opposite sign"
     else:
         off = float((theirs - v).norm() / v.norm())
@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     return value or None
 
 
-def _same(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
+def _same(a: Any, b: Any, dtype: torch.dtype | None = None, least: float = 0.0) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -134,7 +134,7 @@ def _same(a: Any, b: Any, dtype: torch.dtype | None = None) -> bool:
     if shapes[0] != shapes[1]:
         return False
     kinds = [x for x in (a.dtype, b.dtype, dtype) if x is not None and x.is_floating_point]
-    eps = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+    eps = max(least, *(torch.finfo(kind).eps for kind in kinds), 0.0)
     a, b = a.double().flatten(), b.double().flatten()
     return bool((a - b).abs().max() <= ROUNDING * eps * max(1e-30, float(b.abs().max())))
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 CLIP_L, CLIP_G, T5 = 0.1237, 0.6947, 4.7623  # T5 XXL, its encoder
+T5_11B = 4.8648  # its encoder
 UMT5, GEMMA2, LLAMA3 = 5.6809, 2.6143, 8.0303  # XXL, its encoder; 2 B; 8 B
 GLM4 = 8.7792  # 9 B, without its head
 QWEN3, QWEN3_8B, QWEN25_VL, QWEN3_VL = 4.0225, 8.1907, 8.2922, 4.4378  # 4 and 8, 7, 4 B
@@ -76,6 +77,13 @@ def _wan(name: str, heads: int, hidden: int, layers: int, **more: Any) -> Publis
     name = f"Wan-AI/Wan{name}-Diffusers"
     more = {"vae": ("AutoencoderKLWan", {}), "settings": {"frames": 81}} | more
     return Published(name, "WanPipeline", network, UMT5, **more)
+
+
+def _cosmos2(name: str, heads: int, layers: int) -> Published:
+    network = {"num_attention_heads": heads, "num_layers": layers, "extra_pos_embed_type": None}
+    network |= {"rope_scale": (1.0, 4.0, 4.0)}
+    name, pipeline = f"nvidia/Cosmos-Predict2-{name}-Text2Image", "Cosmos2TextToImagePipeline"
+    return Published(name, pipeline, network, T5_11B, ("AutoencoderKLWan", {}))
 
 
 WAN22_VAE = {
@@ -178,6 +186,8 @@ PUBLISHED = {
         settings={"frames": 19},
     ),
     "krea2": Published("krea/Krea-2-Raw", "Krea2Pipeline", {}, QWEN3_VL, QWEN_VAE),
+    "cosmos2-2b": _cosmos2("2B", 16, 28),
+    "cosmos2-14b": _cosmos2("14B", 40, 36),
 }
 
 

@@ -36,11 +36,12 @@ class Recording:
 
     steps: list[Step] = field(default_factory=list)
     nodes: tuple[float, ...] = ()
+    start: float = 1.0
 
     @property
     def schedule(self) -> Schedule:
         """The nodes that the states visit and the times that the network was shown."""
-        return Schedule(self.nodes, tuple(step.time for step in self.steps))
+        return Schedule(self.nodes, tuple(step.time for step in self.steps), self.start)
 
     @property
     def end(self) -> Tensor:
@@ -98,7 +99,7 @@ def record_call(
         )
     sigmas = pipe.scheduler.sigmas.double()
     made.nodes = tuple((1.0 - sigmas if is_inverted else sigmas).tolist())
-    return made
+    return family.as_flow(made)
 
 
 @contextmanager

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from mfd_fast.flow.times import Schedule
+from mfd_fast.models.diffusers.checkpoint import quiet
 from mfd_fast.models.diffusers.family import Cond, Family
 from mfd_fast.models.diffusers.record import record, replaced
+
+KARRAS = 7  # sigma^(1/7) of diffusers' Karras sigmas is equally spaced
 
 
 class StudentSampler(NamedTuple):
@@ -24,6 +27,7 @@ class StudentSampler(NamedTuple):
     call: dict[str, Any]
 
 
+@quiet()
 def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
     """The sampler of a student of ``steps`` steps, asked of the pipeline itself.
 
@@ -37,7 +41,9 @@ def student_sampler(family: Family, cond: Cond, steps: int) -> StudentSampler:
             f"{type(pipe).__name__}, whose call divides by zero below; got {steps}"
         )
     changes = scheduler_changes(dict(own.config), steps)
-    scheduler = type(own).from_config(own.config, **changes) if changes else None
+    scheduler = None
+    if changes:  # of which some schedulers keep what their constructors do not take
+        scheduler = type(own).from_config(dict(own.config) | changes, **changes)
     call: dict[str, Any] = {"num_inference_steps": steps, family.scale_name: family.unguided}
     call |= family.extra
     nodes: dict[str, Any] = {}
@@ -66,4 +72,10 @@ def scheduler_changes(config: dict[str, Any], steps: int) -> dict[str, Any]:
         changes["solver_order"] = 1
     if "disable_corrector" in config:
         changes["disable_corrector"] = list(range(steps))
+    if config.get("final_sigmas_type") == "sigma_min" and "sigma_min" in config:
+        # A call of steps + 1 makes this many, from sigma_max to sigma_min, and one that moves
+        # nothing: its nodes, and 0 for the last of them.
+        low, high = (config[name] ** (1 / KARRAS) for name in ("sigma_min", "sigma_max"))
+        last = (high + (steps - 1) / steps * (low - high)) ** KARRAS
+        changes |= {"final_sigmas_type": "zero", "sigma_min": last}
     return changes

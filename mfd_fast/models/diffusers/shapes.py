@@ -24,6 +24,7 @@ from mfd_fast.models.diffusers.checkpoint import (
 from mfd_fast.models.diffusers.family import Family, family_of, named
 from mfd_fast.models.diffusers.presets import PipelineRun, PipelineSettings
 from mfd_fast.models.diffusers.published import Published, published
+from mfd_fast.models.diffusers.video import Video, in_tiles
 from mfd_fast.run.task import Shapes
 
 BF16_BYTES = 2
@@ -165,6 +166,27 @@ def stored_of(family: Family, settings: PipelineSettings) -> Stored:
 
 def beside_the_updates(config: PipelineRun) -> dict[str, float]:
     """Bytes of what is on the device between updates only, where its size is known."""
+    family = outlined(config)
+    decoding = {}
+    if isinstance(family, Video):
+        family.pipe.vae.to(getattr(torch, config.pipeline.dtype))
+        decoding["decoding a video by tiles"] = decoding_bytes(family)
+    return _parts_beside(config) | decoding
+
+
+@torch.no_grad()
+def decoding_bytes(family: Video) -> float:
+    """The most bytes that the decoding of a video takes beside the weights, as a run does it."""
+    from mfd_fast.cost.trace import OUTSIDE, Trace
+
+    vae = family.pipe.vae
+    x = torch.empty(1, *family.sample_shape, device="meta")
+    with in_tiles(vae), Trace(counts_work=False) as trace:
+        family.decoded(family.denormalised(x).to(vae.dtype))
+    return float(trace.memory.peak[OUTSIDE])
+
+
+def _parts_beside(config: PipelineRun) -> dict[str, float]:
     model, folder = published(config.teacher), Path(config.teacher)
     if (folder / INDEX).is_file():
         sizes = {"text encoders": 0.0, "VAE": 0.0}

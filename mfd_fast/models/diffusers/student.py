@@ -74,7 +74,7 @@ def save_student(
         loads=loads,
         comfyui=comfyui,
         workflow=WORKFLOW if graph else "",
-        pipeline=type(family.pipe).__name__,
+        pipe=family.pipe,
         size=(family.height, family.width),
         fps=getattr(family, "fps", None),
         output=family.output,

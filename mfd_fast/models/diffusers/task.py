@@ -203,7 +203,8 @@ class PipelineTask(Task):
         """The prompts encoded, once and before the training if the host's memory holds them."""
         distill, train = self.config.distill, self.config.train
         parts = networks(self.family.pipe)
-        encoders = [x for name, x in parts.items() if name not in {*self.family.networks, "vae"}]
+        others = {*self.family.networks, "vae", "safety_checker"}
+        encoders = [x for name, x in parts.items() if name not in others]
         return HostText(
             self.family,
             self.prompts,

@@ -76,9 +76,7 @@ def test_a_package_that_diffusers_cannot_import_is_a_sentence(monkeypatch):
             raise RuntimeError("Failed to import diffusers.x because of:\nno libcuda")
 
     monkeypatch.setitem(sys.modules, "diffusers", Broken())
-    with pytest.raises(
-        ImportError, match=r"its Sd: no libcuda. Install that package"
-    ):
+    with pytest.raises(ImportError, match=r"its Sd: no libcuda. Install that package"):
         of_diffusers("Sd")
 
 

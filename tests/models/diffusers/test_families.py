@@ -21,6 +21,7 @@ CALLS = {
     "qwen-image": {"negative_prompt": [" ", " "]},  # without one it is not guided
     "sana": {"use_resolution_binning": False},
 }
+NO_SINGLE = (("ltx", 1), ("cosmos2", 1))  # whose own single step is at no number, or is none
 BOUND = 1e-3  # latents reach 3 to 8; a wrong sign, time or scale is off by more than .1
 
 families = pytest.mark.parametrize("name", PIPELINES)
@@ -82,8 +83,9 @@ def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
         first = {leaf: value[:1] for leaf, value in cond.items()}
         schedule = record(family, first, noise[:1], steps).schedule
     is_undefined = schedule is None or any(node != node for node in schedule.nodes)
-    assert is_undefined == (steps == 1 and "shift_terminal" in own.config
-                            and own.config.shift_terminal is not None)  # fmt: skip
+    is_undefined = is_undefined or not schedule.times
+    assert is_undefined == (steps == 1 and (own.config.get("shift_terminal") is not None
+                                            or name == "cosmos2"))  # fmt: skip
     if is_undefined or "solver_order" in own.config:  # then Euler on our nodes
         sampler = student_sampler(family, cond, steps)
         schedule, family.pipe.scheduler = sampler.schedule, sampler.scheduler
@@ -143,16 +145,16 @@ def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
 
     state = backbone.adapters.adapter_state_dict("student", prefix="")
     teacher = family.pipe
-    if (name, steps) != ("ltx", 1):  # whose own single step is at no number
+    if (name, steps) not in NO_SINGLE:
         without = their_record(name, family, noise, steps, **off(sampler)).end
     load_lora(family, state)
     teacher.scheduler = sampler.scheduler or teacher.scheduler
     theirs = their_record(name, family, noise, steps, **off(sampler))
     assert theirs.schedule == sampler.schedule
     assert farthest(ours, theirs.end) < BOUND
-    assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.2  # no last step next to 0
+    assert steps == 1 or min(sampler.schedule.nodes[:-1]) > 0.12  # no last step next to 0
     # The LoRA does something.
-    assert (name, steps) == ("ltx", 1) or not farthest(without, theirs.end) < 10 * BOUND
+    assert (name, steps) in NO_SINGLE or not farthest(without, theirs.end) < 10 * BOUND
 
 
 def load_lora(family, state):

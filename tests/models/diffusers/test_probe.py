@@ -10,7 +10,10 @@ from mfd_fast.models.diffusers.probe import probe
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
 
 
-BF16 = ("sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan", "kandinsky5-t2v")
+BF16 = (
+    *("sd3", "flux1-dev", "qwen-image", "z-image", "lumina2", "wan", "cosmos2"),
+    "kandinsky5-t2v",
+)
 
 
 def probed(name, change=None, dtype=torch.float32):
@@ -67,6 +70,7 @@ PLANTED = {
     "time": ("sd3", other_clock, r"timestep 1, not 1000"),
     "calls": ("sd3", third_lane, r"evaluates 3 rows in a step of one image, not 2"),
     "guidance": ("aura-flow", other_scale, r"guidance_scale 3.5 the guided velocity .* differs"),
+    "of x_0": ("cosmos2", other_scale, r"guidance_scale 7 the guided velocity .* differs"),
     "renormalised": ("qwen-image", linear, r"true_cfg_scale 4 the guided velocity .* differs"),
     "embedded": ("flux1-dev", other_scale, r"called with guidance 4\.5, not 3\.5"),
 }

@@ -1,5 +1,7 @@
 """Published models without weights: their sizes, their cost, and estimates from few blocks."""
 
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -44,8 +46,11 @@ SIZES = {
     "kandinsky5-t2i": (6.022, 47.13),
     "kandinsky5-t2v": (2.008, 660.0),
     "sana-video-2b": (1.906, 111.2),
+    "cosmos2-2b": (1.956, 17.84),
+    "cosmos2-14b": (14.265, 122.0),
 }
-VIDEO_SIZES = {  # height, width and frames of those counts
+SHAPES = {  # height, width and frames of those counts
+    **dict.fromkeys(("cosmos2-2b", "cosmos2-14b"), (768, 1360)),
     **dict.fromkeys(("wan2.1-1.3b", "wan2.1-14b", "wan2.2-a14b", "sana-video-2b"), (480, 832, 81)),
     "wan2.2-5b": (704, 1280, 121),
     "hunyuan-video": (720, 1280, 129),
@@ -54,23 +59,34 @@ VIDEO_SIZES = {  # height, width and frames of those counts
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_and_operations_of_the_real_configurations(name):
-    family = outlined(preset(name))
+def counted(family):
+    """TFLOP of one evaluation of one row."""
     transformer = family.pipe.transformer.eval()
     family.set_modes(transformer)
     family.without_values(transformer)
     x = torch.empty(1, *family.sample_shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         FamilyNetwork(family)(x, torch.empty(1, device="meta"), family.blank(1))
-    parameters, tera = SIZES[name]
+    return counter.get_total_flops() / 1e12
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_and_operations_of_the_real_configurations(name):
+    family = outlined(preset(name))
+    transformer, (parameters, tera) = family.pipe.transformer, SIZES[name]
+    assert counted(family) == pytest.approx(tera, rel=0.01)
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(
         parameters, abs=6e-4
     )
-    assert counter.get_total_flops() / 1e12 == pytest.approx(tera, rel=0.01)
-    frames = (family.frames,) if name in VIDEO_SIZES else ()
-    assert (family.height, family.width, *frames) == VIDEO_SIZES.get(name, (1024, 1024))
+    size = SHAPES.get(name, (1024, 1024))
+    assert (family.height, family.width, getattr(family, "frames", None)) == (*size, None)[:3]
     assert type(family.pipe).__name__ == PUBLISHED[name].pipeline
+
+
+def test_wan_14b_at_720p_is_the_count_made_apart():
+    config = preset("wan2.1-14b")
+    config = replace(config, pipeline=replace(config.pipeline, resolution="720x1280"))
+    assert counted(outlined(config)) == pytest.approx(6523, rel=0.01)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -146,6 +162,34 @@ def test_an_estimate_of_a_published_model_needs_no_file(monkeypatch, capsys):
     assert "sd3.5-medium on 1 x rtx4090" in said
     assert "only between updates: text encoders 11.161 GB" in said
     assert "only between updates: VAE 0.168 GB" in said
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_an_estimate_of_a_large_video_teacher(gpus, capsys, monkeypatch):
+    """Of a run that keeps every activation, with that policy alone."""
+    monkeypatch.setattr("mfd_fast.cost.plans.POLICIES", ("none",))
+    line = f"estimate wan2.1-14b --gpu h100 --gpus {gpus} --resolution 480x832"
+    assert cli.main(line.split()) == 0
+    said = capsys.readouterr().out
+    assert "e+" not in said
+    forward = float(re.search(r"^aux/forward +([\d,.]+)", said, re.M)[1].replace(",", ""))
+    # Ten auxiliary updates; the adapters' own products are the rest.
+    assert forward / 10 == pytest.approx(1678, rel=0.01)
+    memory = re.search(r"^memory .*", said, re.M)[0]
+    assert all(part in memory for part in ("weights", "gradients", "optimizer", "graph pool,"))
+    decoding = float(re.search(r"decoding a video by tiles ([\d.]+) GB", said)[1])
+    assert 0.5 < decoding < 20
+    assert re.search(r"^1,000 cycles: [\d,.-]+ hours, predicted\.$", said, re.M)
+    assert f"on {gpus} x h100" in said and ("GPU hours" in said) == (gpus > 1)
+
+
+def test_decoding_by_tiles_takes_less_than_the_whole(monkeypatch):
+    config = preset("wan2.1-1.3b")
+    config = replace(config, pipeline=replace(config.pipeline, frames=5))
+    by_tiles = config.beside_the_updates()["decoding a video by tiles"]
+    monkeypatch.setattr(shapes, "in_tiles", lambda _: nullcontext())
+    whole = config.beside_the_updates()["decoding a video by tiles"]
+    assert by_tiles < 0.5 * whole
 
 
 def test_krea2_is_built_from_the_defaults_of_its_class():

@@ -15,10 +15,12 @@ from mfd_fast import (
     mean_velocity,
     mfd_loss,
 )
+from mfd_fast.backbones import activation as policies
 from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.models.diffusers.backbone import backbone_of
 from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.sampler import student_sampler
+from mfd_fast.testing.numerics import assert_as_accurate
 
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
 BOUND = 1e-3  # of the gradient's size
@@ -28,6 +30,7 @@ KINDS = {
     "embedded": ("flux1-dev", "flux2-dev"),
     "lists, 1 + s": ("z-image", "krea2"),
     "own lengths": ("cogview4", "kandinsky5-t2i", "kandinsky5-t2v"),
+    "from t = 80/81": ("cosmos2",),
     "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
 
@@ -46,6 +49,7 @@ def noise_of(family, seed):
 
 def literal_samples(velocity, z, schedule):
     """The student's Euler steps from noise of one sample."""
+    z = schedule.start * z
     for k, time in enumerate(schedule.times):
         step = schedule.nodes[k] - schedule.nodes[k + 1]
         z = z - step * velocity("student", z, torch.tensor([time]))
@@ -147,6 +151,24 @@ def test_recomputed_blocks_give_the_same_gradient(name):
         v = backbone.forward(x, torch.tensor([0.9, 0.4]), prepared, (AUX,))
         grads.append(torch.autograd.grad(v.square().mean(), backbone.parameters_of("aux"))[0])
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", ["wan", "cosmos2", "z-image"])
+def test_mlps_in_pieces_give_as_accurate_a_gradient(name, monkeypatch):
+    monkeypatch.setattr(policies, "CHUNK", 5)
+    grads = []
+    for policy, dtype in (
+        ("chunk", torch.float32),
+        ("none", torch.float32),
+        ("none", torch.double),
+    ):
+        family, backbone, cond = made(name, activation=policy)
+        backbone.to(dtype).dtype = dtype
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+        x, prepared = noise_of(family, 1).to(dtype)[:, None], backbone.prepare(cond)
+        v = backbone.forward(x, torch.tensor([0.9, 0.4]), prepared, (AUX,))
+        grads.append(torch.autograd.grad(v.square().mean(), backbone.parameters_of("aux"))[0])
+    assert_as_accurate(*grads)
 
 
 def test_the_experts_of_hidream_keep_their_gradient():
