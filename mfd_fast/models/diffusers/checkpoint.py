@@ -150,7 +150,7 @@ def quiet() -> Iterator[None]:
 def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
-    made |= unchecked(getattr(diffusers, index["_class_name"]))
+    made |= unchecked(of_diffusers(index["_class_name"]))
     del made["scheduler"]  # which is read
     for name in made.keys() & {"transformer", "transformer_2", "vae"}:
         cls = of_diffusers(parts_of(index)[name])

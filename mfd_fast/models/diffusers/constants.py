@@ -35,12 +35,13 @@ class Constant(NamedTuple):
 
 
 def keys_values(
-    stack: nn.ModuleList, name: str, source: str, tokens: tuple[int, int]
+    stack: nn.ModuleList, name: str, source: str, tokens: tuple[int, int], *, is_normed: bool = True
 ) -> Iterator[Constant]:
     """Keys and values of a text in the cross-attention ``attn2`` of every block of a stack.
 
-    tokens: of the text, and of a sample.  Nothing where their products are less than ``MIN_SHARE``
-    of the block's: they are bytes that every row keeps, in a long video more than they are worth.
+    tokens: of the text, and of a sample; is_normed: ``norm_k``, if any, takes what ``to_k`` gives,
+    all heads together.  Nothing where their products are less than ``MIN_SHARE`` of the block's:
+    they are bytes that every row keeps, in a long video more than they are worth.
     """
     text, sample = tokens
     kept = _products(stack[0].attn2.to_k) + _products(stack[0].attn2.to_v)
@@ -49,7 +50,8 @@ def keys_values(
         return
     for i, block in enumerate(stack):
         attention = f"{name}.{i}.attn2"
-        normed = () if block.attn2.norm_k is None else (f"{attention}.norm_k",)
+        has_norm = is_normed and block.attn2.norm_k is not None
+        normed = (f"{attention}.norm_k",) if has_norm else ()
         yield Constant(source, (f"{attention}.to_k", *normed))
         yield Constant(source, (f"{attention}.to_v",))
 

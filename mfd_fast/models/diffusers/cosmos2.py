@@ -4,12 +4,14 @@ Outside the network the pipeline has EDM's x_sigma = data + sigma noise and deri
 With t = sigma / (1 + sigma) that is x_t / (1 - t), and a step in sigma is the same step in t.
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mfd_fast.models.diffusers.constants import TABLE, Constant, keys_values
 from mfd_fast.models.diffusers.family import Cond, Family, by_channel
 from mfd_fast.models.diffusers.record import Recording, Step
 
@@ -69,6 +71,11 @@ class Cosmos2(Family):
     def blank(self, rows: int) -> Cond:
         length = self.default("max_sequence_length")
         return {"text": self.zeros(rows, length, self.config.text_embed_dim)}
+
+    def constants(self, transformer: Any) -> Iterator[Constant]:
+        yield Constant(TABLE, ("rope",))
+        blocks = transformer.transformer_blocks
+        yield from keys_values(blocks, "transformer_blocks", "text", self.tokens, is_normed=False)
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return transformer(
