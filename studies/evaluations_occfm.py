@@ -131,7 +131,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         axis.axhline(figures["start"][metric], color=GREY, linestyle=":", label="before training")
         axis.set_xticks(range(len(values)))
         titled(axis, metric, "seed", "percent")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.axes[1].legend(fontsize=8, frameon=False, loc="center right")
     figure.save(path)
 
 
