@@ -97,6 +97,8 @@ def work(backbone, x, prepared, lanes):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_an_evaluation_does_less(name):
     family, backbone, cond = made(name)
+    if not list(family.constants(family.pipe.transformer)):
+        pytest.skip("this family names no constants")
     x, lanes = rows_of(family)
     flops, operators = work(backbone, x, backbone.prepare(cond), lanes)
     whole(backbone)
