@@ -100,6 +100,8 @@ OWN_LENGTHS = ("cogview4", "kandinsky5-t2i", "kandinsky5-t2v")  # calls of their
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in OWN_LENGTHS])
 def test_an_evaluation_does_less(name):
     family, backbone, cond = made(name)
+    if not list(family.constants(family.pipe.transformer)):
+        pytest.skip("this family names no constants")
     x, lanes = rows_of(family)
     flops, operators = work(backbone, x, backbone.prepare(cond), lanes)
     whole(backbone)
