@@ -4,18 +4,28 @@ import torch
 from torch import Tensor
 
 from mfd_fast.kernels.column_sum import finish
-from mfd_fast.kernels.norm_modulate import forward
+from mfd_fast.kernels.norm_modulate import Residual, forward
 from mfd_fast.kernels.norm_modulate_backward import backward
 
 
 def layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd).  Inputs are already validated by ``mfd_fast.ops``.
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    kind: str,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, stream).  Inputs are already validated by ``mfd_fast.ops``.
 
-    More than one allocation: the statistics have another shape and dtype than y.
+    More than one allocation: the statistics have another shape and dtype than y, and the stream is
+    a result beside it.
     """
-    return forward(x, scale, shift, gain, eps=eps, kind=kind, silu=False)
+    residual = Residual(branch, gate, bias)
+    return forward(x, scale, shift, gain, residual, eps=eps, kind=kind, silu=False)
 
 
 def layer_norm_modulate_backward(
@@ -27,14 +37,21 @@ def layer_norm_modulate_backward(
     rstd: Tensor,
     kind: str,
     with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, scale, shift and gain; the last three empty unless ``with_sums``."""
-    grad_x, sums = backward(
-        grad, x, scale, None, gain, mean, rstd, kind=kind, silu=False, with_sums=with_sums
-    )
+    base: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, scale, shift, gain (these three empty unless ``with_sums``) and branch (empty
+    without ``gate``).
+
+    More than one allocation: with ``gate``, for the branch.
+    """
+    grad_x, grad_branch, sums = backward(
+        grad, x, scale, None, gain, mean, rstd, base, gate,
+        kind=kind, silu=False, with_sums=with_sums,
+    )  # fmt: skip
     grad_gain = x.new_empty(0) if gain is None or sums is None else torch.empty_like(gain)
     if sums is None:
-        return grad_x, scale.new_empty(0), scale.new_empty(0), grad_gain
+        return grad_x, scale.new_empty(0), scale.new_empty(0), grad_gain, grad_branch
     grad_scale, grad_shift = scale.new_empty(2, *scale.shape).unbind(0)
     finish(
         sums,
@@ -45,4 +62,4 @@ def layer_norm_modulate_backward(
         weight=scale,
         offset=1.0,
     )
-    return grad_x, grad_scale, grad_shift, grad_gain
+    return grad_x, grad_scale, grad_shift, grad_gain, grad_branch

@@ -1,8 +1,11 @@
-"""Row norm + gain + modulation per sample (+ SiLU): the forward kernel of two operators.
+"""(Residual +) row norm + gain + modulation per sample (+ SiLU): forward of three operators.
 
     xhat = (x - mean) * rstd
     z    = xhat * gain * (1 + scale_s) + shift_s
     y    = z, or z * sigmoid(z)
+
+x may be the end of a residual branch, x + gate_s * (branch + bias), which is written too (stream)
+and normed as it is written: a pass over x less than one after the other.
 
     KIND "layer"  mean and 1 / sqrt(var + eps) of the row (population variance)
     KIND "rms"    mean = 0, 1 / sqrt(mean(x^2) + eps)
@@ -10,10 +13,12 @@
 
 x is [S, M, C]: S samples, M rows of one sample (lanes and tokens together), C channels; scale and
 shift are [S, C] with any row stride, gain is [C]; each of the three may be None.  Statistics are
-float32 (float64 for float64) and are written for the backward pass.
+float32 (float64 for float64) and are written for the backward pass.  Gate is like scale, bias like
+gain.
 
-Traffic: 1 read and 1 write of x.  Whole rows stay in registers, so x is read once and the variance
-is still computed in two passes.  The backward pass is in ``norm_modulate_backward.py``.
+Traffic: 1 read and 1 write of x, 2 of each with a residual.  Whole rows stay in registers, so x is
+read once and the variance is still computed in two passes.  The backward pass is in
+``norm_modulate_backward.py``.
 """
 
 from typing import NamedTuple
@@ -24,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfd_fast.kernels.column_sum import compute_dtype
+from mfd_fast.kernels.dot import round_to
 
 # A warp holds a whole row as CHUNKS tiles of 32 lanes x 16 bytes: SANA's 2240 bf16 channels are 9
 # chunks of 256, 3 % of them idle, and sums over channels are shuffles.  One tile of 4096 would idle
@@ -82,8 +88,39 @@ def _subtract(xs, mean, columns, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS:
 
 
 @triton.jit
+def _load_stream(
+    x_ptr,
+    branch_ptr,
+    gate_ptr,
+    bias_ptr,
+    stream_ptr,
+    at,
+    c,
+    mask,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A chunk of x, or of x + gate * (branch + bias) as it is stored."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(WIDE)
+    if branch_ptr is not None:
+        y = tl.load(branch_ptr + at, mask=mask, other=0.0).to(WIDE)
+        if bias_ptr is not None:
+            y += load_row(bias_ptr, c, C, WIDE)
+        if gate_ptr is not None:
+            y *= load_row(gate_ptr, c, C, WIDE)
+        stream = round_to(x + y, stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + at, stream, mask=mask)
+        x = stream.to(WIDE)
+    return x
+
+
+@triton.jit
 def norm_modulate_kernel(
     x_ptr,  # [S, M, C]
+    branch_ptr,  # [S, M, C] or None
+    gate_ptr,  # [S, C] or None
+    bias_ptr,  # [C] or None
+    stream_ptr,  # [S, M, C], or None without branch
     scale_ptr,  # [S, C] or None
     shift_ptr,  # [S, C] or None
     gain_ptr,  # [C] or None
@@ -92,6 +129,7 @@ def norm_modulate_kernel(
     rstd_ptr,  # [S, M]
     rows,  # M
     tiles,  # of BLOCK_R rows in one sample
+    gate_stride,
     scale_stride,
     shift_stride,
     C: tl.constexpr,
@@ -112,11 +150,16 @@ def norm_modulate_kernel(
     columns = tl.broadcast_to(tl.arange(0, BLOCK_C)[None, :], [BLOCK_R, BLOCK_C])
     if scale_ptr is not None:
         scale_ptr += sample * scale_stride
+    if gate_ptr is not None:
+        gate_ptr += sample * gate_stride
 
     xs = ()
     for i in tl.static_range(CHUNKS):
         c = i * BLOCK_C + columns
-        x = tl.load(x_ptr + row * C + c, mask=(r < rows) & (c < C), other=0.0).to(WIDE)
+        mask = (r < rows) & (c < C)
+        x = _load_stream(
+            x_ptr, branch_ptr, gate_ptr, bias_ptr, stream_ptr, row * C + c, c, mask, C, WIDE
+        )
         xs = xs + (x,)  # noqa: RUF005  (Triton knows tuple addition, not unpacking)
     if KIND == "layer":
         mean = row_sum(xs, CHUNKS) / C
@@ -170,46 +213,45 @@ def row_stride(row: Tensor | None) -> int:
     return 0 if row is None else row.stride(0)
 
 
+class Residual(NamedTuple):
+    """What is added to x before the norm: ``gate_s * (branch + bias)``."""
+
+    branch: Tensor | None = None  # like x
+    gate: Tensor | None = None  # [S, C]
+    bias: Tensor | None = None  # [C]
+
+
+NONE = Residual()
+
+
 def forward(
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     gain: Tensor | None,
+    residual: Residual = NONE,
     *,
     eps: float,
     kind: str,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd); mean is empty unless ``kind`` is "layer"."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, stream); mean is empty unless "layer", stream without a residual."""
     channels = x.shape[-1]
     y = torch.empty_like(x)
+    stream = x.new_empty(0) if residual.branch is None else torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
     mean = torch.empty_like(rstd) if kind == "layer" else rstd.new_empty(0)
     if x.numel() == 0:
-        return y, mean, rstd
+        return y, mean, rstd, stream
     samples = 1 if scale is None else scale.shape[0]
     rows = rstd.numel() // samples
     tile = choose_tile(channels, x.itemsize, 1)
     tiles = triton.cdiv(rows, tile.rows)
     norm_modulate_kernel[(samples * tiles,)](
-        x,
-        scale,
-        shift,
-        gain,
-        y,
-        mean if kind == "layer" else None,
-        rstd,
-        rows,
-        tiles,
-        row_stride(scale),
-        row_stride(shift),
-        C=channels,
-        EPS=eps,
-        KIND=kind,
-        SILU=silu,
-        BLOCK_R=tile.rows,
-        BLOCK_C=tile.columns,
-        CHUNKS=tile.chunks,
-        num_warps=tile.num_warps,
-    )
-    return y, mean, rstd
+        x, *residual, None if residual.branch is None else stream, scale, shift, gain, y,
+        mean if kind == "layer" else None, rstd, rows, tiles,
+        *map(row_stride, (residual.gate, scale, shift)),
+        C=channels, EPS=eps, KIND=kind, SILU=silu,
+        BLOCK_R=tile.rows, BLOCK_C=tile.columns, CHUNKS=tile.chunks, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return y, mean, rstd, stream

@@ -6,6 +6,9 @@
     grad_x = (g_xhat - xhat * inner - mean_C(g_xhat)) * rstd         the last mean only for "layer"
     sums   = sum over a sample's rows of (g_z * xhat, g_z)            [S, 2, C], only if wanted
 
+Where x came out of a residual branch, grad_x also has the gradient that the stream gets elsewhere
+(base), and the branch gets gate_s * grad_x.
+
 xhat comes from x and the saved mean and rstd.  The sums give the gradients to scale, shift and
 gain; ``column_sum.py`` is their second stage.
 
@@ -103,11 +106,15 @@ def _norm_modulate_backward_kernel(
     gain_ptr,  # [C] or None
     mean_ptr,  # [S, M], or None unless KIND is "layer"
     rstd_ptr,  # [S, M]
+    base_ptr,  # [S, M, C] or None: added to grad_x
+    gate_ptr,  # [S, C] or None
     grad_x_ptr,  # [S, M, C]
+    grad_branch_ptr,  # [S, M, C], or None without gate
     partial_ptr,  # [S, P, 2, C] or None: sums of grad_z * xhat and of grad_z
     rows,  # M
     parts,  # P
     tiles,  # of BLOCK_R rows in one part
+    gate_stride,
     scale_stride,
     shift_stride,
     C: tl.constexpr,
@@ -124,6 +131,7 @@ def _norm_modulate_backward_kernel(
     columns = tl.broadcast_to(tl.arange(0, BLOCK_C)[None, :], [BLOCK_R, BLOCK_C])
     scale_ptr = None if scale_ptr is None else scale_ptr + sample * scale_stride
     shift_ptr = None if shift_ptr is None else shift_ptr + sample * shift_stride
+    gate_ptr = None if gate_ptr is None else gate_ptr + sample * gate_stride
     sums = _zero_sums(0 if partial_ptr is None else 2 * CHUNKS, BLOCK_R, BLOCK_C, WIDE)
 
     for tile in range(0, tiles):
@@ -151,7 +159,13 @@ def _norm_modulate_backward_kernel(
         for i in tl.static_range(CHUNKS):
             c = i * BLOCK_C + columns
             grad_x = (grads[i] - xhats[i] * inner - average) * rstd
-            tl.store(grad_x_ptr + row * C + c, grad_x, mask=(r < rows) & (c < C))
+            mask = (r < rows) & (c < C)
+            if base_ptr is not None:
+                grad_x += tl.load(base_ptr + row * C + c, mask=mask, other=0.0).to(WIDE)
+            tl.store(grad_x_ptr + row * C + c, grad_x, mask=mask)
+            if gate_ptr is not None:
+                grad_branch = grad_x * load_row(gate_ptr, c, C, WIDE)
+                tl.store(grad_branch_ptr + row * C + c, grad_branch, mask=mask)
 
     if partial_ptr is not None:
         _store_sums(partial_ptr + pid.to(tl.int64) * 2 * C, sums, C, BLOCK_C, CHUNKS)
@@ -165,46 +179,35 @@ def backward(
     gain: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    base: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     kind: str,
     silu: bool,
     with_sums: bool,
     eps: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
-    """(grad_x, sums); sums ``[S, 2, C]`` over a sample's rows of grad_z * xhat and of grad_z."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(grad_x, grad_branch, sums): grad_branch empty without ``gate``; sums ``[S, 2, C]`` over a
+    sample's rows of grad_z * xhat and of grad_z.
+    """
     channels = x.shape[-1]
     samples = 1 if scale is None else scale.shape[0]
     grad_x = torch.empty_like(x)
+    grad_branch = x.new_empty(0) if gate is None else torch.empty_like(x)
     if x.numel() == 0:
-        return grad_x, rstd.new_zeros(samples, 2, channels) if with_sums else None
+        return grad_x, grad_branch, rstd.new_zeros(samples, 2, channels) if with_sums else None
     rows = rstd.numel() // samples
     tile = choose_tile(channels, x.itemsize, 4 if with_sums else 2)
     tiles = triton.cdiv(rows, tile.rows)
     parts, each = partition(samples, tiles, PROGRAMS) if with_sums else (tiles, 1)
     partial = rstd.new_empty(samples, parts, 2, channels) if with_sums else None
+    # A hair under the forward's quotient, which was rounded.
+    max_rstd = math.sqrt(channels) / eps * (1 - 1e-6) if kind == "l2" else None
     _norm_modulate_backward_kernel[(samples * parts,)](
-        grad,
-        x,
-        scale,
-        shift,
-        gain,
-        mean if kind == "layer" else None,
-        rstd,
-        grad_x,
-        partial,
-        rows,
-        parts,
-        each,
-        row_stride(scale),
-        row_stride(shift),
-        C=channels,
-        # A hair under the forward's quotient, which was rounded.
-        MAX_RSTD=math.sqrt(channels) / eps * (1 - 1e-6) if kind == "l2" else None,
-        KIND=kind,
-        SILU=silu,
-        BLOCK_R=tile.rows,
-        BLOCK_C=tile.columns,
-        CHUNKS=tile.chunks,
-        num_warps=tile.num_warps,
-    )
-    return grad_x, sum_parts(partial) if with_sums else None
+        grad, x, scale, shift, gain, mean if kind == "layer" else None, rstd, base, gate,
+        grad_x, None if gate is None else grad_branch, partial, rows, parts, each,
+        *map(row_stride, (gate, scale, shift)),
+        C=channels, MAX_RSTD=max_rstd, KIND=kind, SILU=silu,
+        BLOCK_R=tile.rows, BLOCK_C=tile.columns, CHUNKS=tile.chunks, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return grad_x, grad_branch, sum_parts(partial) if with_sums else None

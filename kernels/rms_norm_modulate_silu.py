@@ -15,7 +15,7 @@ def rms_norm_modulate_silu(
 
     More than one allocation: the statistics have another shape and dtype than y.
     """
-    y, _, rstd = forward(x, scale, shift, gain, eps=eps, kind="l2", silu=True)
+    y, _, rstd, _ = forward(x, scale, shift, gain, eps=eps, kind="l2", silu=True)
     return y, rstd
 
 
@@ -30,7 +30,7 @@ def rms_norm_modulate_silu_backward(
     with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, gain, scale and shift; the last three empty unless ``with_sums``."""
-    grad_x, sums = backward(
+    grad_x, _, sums = backward(
         grad,
         x,
         scale,

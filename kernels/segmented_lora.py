@@ -11,9 +11,11 @@ The first four are one kernel with other strides, the last two another.  A progr
 an adapter returns at once, or, where the output has to be complete, copies y or writes zeros: which
 rows have one is known to the device only.  hidden and dh are in the model's dtype, as PEFT's are.
 Their sums are long and have few outputs: they are cut into parts, each of a program of its own,
-that a further kernel adds in order.  The gradients of A and B are summed over rows and tokens in
-order by one program each.
+which whichever program of a tile is last adds in order.  The gradients of A and B are summed over
+rows and tokens in order by one program each.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -26,7 +28,7 @@ from mfd_fast.kernels.dot import dot, round_to
 NUM_WARPS = 4
 NUM_STAGES = 3
 PROGRAMS = 2  # of one row's shrink, for each multiprocessor.  docs/lab-notes.md.
-SUM_BLOCK = 1024
+ARRIVALS = 1 << 14  # counters: tiles of all rows of one launch
 # Sums up to the largest rank make outputs as wide as a layer: wide tiles.
 MAX_RANK = 256
 
@@ -56,11 +58,38 @@ def outer_tiles(m: int, n: int, itemsize: int) -> dict[str, int]:
 
 
 @triton.jit
+def _arrive(counter_ptr, COUNT: tl.constexpr):
+    """Whether the other COUNT - 1 programs have been here, whose stores can be read then.
+
+    The counter is left as it was found, zero.
+    """
+    tl.debug_barrier()  # the stores of all threads come before the one that counts
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
+@triton.jit
+def _add_parts(total, parts_ptr, counter_ptr, part, size, at, mask, SPLITS: tl.constexpr):
+    """Whether all SPLITS parts of the tile are there, and then their sum in order."""
+    tl.store(parts_ptr + part * size + at, total, mask=mask)
+    is_last = _arrive(counter_ptr, SPLITS)
+    if is_last:  # from L2: other multiprocessors wrote them
+        total = tl.load(parts_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        for i in tl.static_range(1, SPLITS):
+            total += tl.load(parts_ptr + i * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return is_last, total
+
+
+@triton.jit
 def _segmented_matmul_kernel(
     x_ptr,  # [R, T, X_WIDTH]
     w_ptr,  # [K, outer groups, INNER, N, C], or [..., C, N] if FLIPPED
     base_ptr,  # [R, T, OUT_WIDTH] or None: added
     out_ptr,  # [R, T, OUT_WIDTH]
+    parts_ptr,  # [SPLITS, R, T, OUT_WIDTH] fp32, or None if SPLITS = 1
+    arrivals_ptr,  # int32 zeros, one for every tile, which are zeros again in the end; or None
     rows_ptr,  # [R] int32
     scale,
     tokens,
@@ -76,7 +105,7 @@ def _segmented_matmul_kernel(
     OUT_WIDTH: tl.constexpr,
     FLIPPED: tl.constexpr,
     FILL: tl.constexpr,  # rows without an adapter are written too
-    SPLITS: tl.constexpr,  # parts of the sum; if several, out is [SPLITS, R, T, OUT_WIDTH] fp32
+    SPLITS: tl.constexpr,  # parts of the sum
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -87,8 +116,8 @@ def _segmented_matmul_kernel(
     group = tl.program_id(0) // tl.cdiv(N, BLOCK_N)
     columns = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.program_id(1) // SPLITS * BLOCK_T + tl.arange(0, BLOCK_T)
-    first = tl.program_id(1) % SPLITS * EACH
-    out_ptr += (tl.program_id(1) % SPLITS).to(tl.int64) * tl.num_programs(2) * tokens * OUT_WIDTH
+    split = tl.program_id(1) % SPLITS
+    first = split * EACH
     x_ptr += row * tokens * X_WIDTH + group * X_OUTER
     mask = (t < tokens)[:, None] & (columns < N)[None, :]
     at = row * tokens * OUT_WIDTH + group * N + (t[:, None] * OUT_WIDTH + columns[None, :])
@@ -106,42 +135,25 @@ def _segmented_matmul_kernel(
             w_at = c[:, None] * (N if FLIPPED else 1) + columns[None, :] * (1 if FLIPPED else C)
             w = tl.load(w_ptr + part.to(tl.int64) * w_inner + w_at, mask=w_mask, other=0.0)
             total = dot(x, round_to(w.to(tl.float32), x.dtype), total)
-        total *= scale
-        if base_ptr is not None:
-            total += tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, round_to(total, out_ptr.dtype.element_ty), mask=mask)
+        is_complete = True
+        if SPLITS > 1:
+            tile = row * (tl.num_programs(1) // SPLITS) + tl.program_id(1) // SPLITS
+            counter_ptr = arrivals_ptr + tile * tl.num_programs(0) + tl.program_id(0)
+            is_complete, total = _add_parts(
+                total, parts_ptr, counter_ptr, split,
+                tl.num_programs(2).to(tl.int64) * tokens * OUT_WIDTH, at, mask, SPLITS,
+            )  # fmt: skip
+        if is_complete:
+            total *= scale
+            if base_ptr is not None:
+                total += tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, round_to(total, out_ptr.dtype.element_ty), mask=mask)
     elif FILL:
         if base_ptr is not None:
             tl.store(out_ptr + at, tl.load(base_ptr + at, mask=mask, other=0.0), mask=mask)
-        else:
+        elif split == 0:
             zeros = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
             tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_splits_kernel(
-    partial_ptr,  # [SPLITS, R, N] fp32
-    out_ptr,  # [R, N]
-    rows_ptr,  # [R] int32
-    adapters,
-    n,
-    FILL: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = row * n + column
-    adapter = tl.load(rows_ptr + row)
-    if (adapter >= 0) & (adapter < adapters):
-        total = tl.zeros([BLOCK], tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = partial_ptr + tl.num_programs(1).to(tl.int64) * split * n
-            total += tl.load(part + at, mask=column < n, other=0.0)
-        tl.store(out_ptr + at, round_to(total, out_ptr.dtype.element_ty), mask=column < n)
-    elif FILL:
-        zeros = tl.zeros([BLOCK], tl.float32)
-        tl.store(out_ptr + at, zeros.to(out_ptr.dtype.element_ty), mask=column < n)
 
 
 @triton.jit
@@ -216,6 +228,20 @@ def outer_shape(m: int, n: int, p_width: int, q_width: int, groups: int, *, item
     } | outer_tiles(m, n, itemsize)
 
 
+@cache
+def _arrivals(device: torch.device, stream: int) -> Tensor:
+    """Zeros that every launch leaves as zeros; the launches of one stream follow each other.
+
+    A captured graph keeps those of the stream that captured it, as it keeps cuBLAS's workspace: two
+    such graphs may not run at the same time on two streams.
+    """
+    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _matmul(
     x: Tensor,
     w: Tensor,  # [K, groups of the output, groups summed, n, c], or [..., c, n] if flipped
@@ -235,19 +261,17 @@ def _matmul(
     tiles_n = outer * triton.cdiv(n, shape["BLOCK_N"])
     tiles_t = triton.cdiv(tokens, shape["BLOCK_T"])
     wanted = PROGRAMS * multiprocessors(x.device)
-    splits = 1 if base is not None else split(tiles_n * tiles_t, shape, wanted)
-    parts = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+    is_whole = base is not None or tiles_n * tiles_t * rows_ > ARRIVALS
+    splits = 1 if is_whole else split(tiles_n * tiles_t, shape, wanted)
+    parts = arrivals = None
+    if splits > 1:
+        parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        arrivals = _arrivals(x.device, _stream(x.device))
     _segmented_matmul_kernel[(tiles_n, tiles_t * splits, rows_)](
-        x, w, base, parts, rows, float(scale), tokens, adapters, *w.stride()[:3],
-        FLIPPED=flipped, FILL=fill and splits == 1, SPLITS=splits,
+        x, w, base, out, parts, arrivals, rows, float(scale), tokens, adapters, *w.stride()[:3],
+        FLIPPED=flipped, FILL=fill, SPLITS=splits,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES, **shape,
     )  # fmt: skip
-    if splits > 1:
-        n = tokens * out.shape[2]
-        _sum_splits_kernel[(triton.cdiv(n, SUM_BLOCK), rows_)](
-            parts, out, rows, adapters, n, FILL=fill, SPLITS=splits, BLOCK=SUM_BLOCK,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
     return out
 
 

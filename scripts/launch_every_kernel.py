@@ -53,6 +53,16 @@ def quantize_rows(make: Maker):
     ops.quantize_rows(make(4, 9, 70).detach())
 
 
+def renormalised_guidance(make: Maker) -> None:
+    ops.renormalised_guidance(make(2, 3, 9, 70).detach(), 4.0)
+
+
+def layer_norm_modulate(make: Maker):
+    x, row = make(4, 9, 70), make(2, 70)
+    plain = ops.layer_norm_modulate(x, row, row)
+    return plain, *ops.residual_norm_modulate(x, make(4, 9, 70), row, row, row, bias=make(70))
+
+
 def segmented_lora(make: Maker):
     y, x = make(3, 19, 2 * 24), make(3, 19, 40)
     rows = torch.tensor([1, -1, 0], dtype=torch.int32, device=make.device)
@@ -76,13 +86,17 @@ CALLS: dict[str, Callable] = {
     "interpolate": lambda m: ops.interpolate_with_target(
         m(3, 2100), m(3, 2100).detach(), m.plain(3)
     ),
-    "layer_norm_modulate": lambda m: ops.layer_norm_modulate(m(4, 9, 70), m(2, 70), m(2, 70)),
+    "layer_norm_modulate": layer_norm_modulate,
     "linear_attention": lambda m: ops.linear_attention(*(m(2, 19, 3, 16) for _ in range(3))),
     "mfd_loss": mfd_loss,
     "ode_step": ode_step,
     "quantize_rows": quantize_rows,
+    "renormalised_guidance": renormalised_guidance,
     "rms_norm_modulate_silu": lambda m: ops.rms_norm_modulate_silu(
         m(4, 9, 70), m(70), m(2, 70), m(2, 70)
+    ),
+    "rms_norm_rotary": lambda m: ops.rms_norm_rotary(
+        m(2, 9, 3, 16), m(16).detach(), m.plain(1, 9, 8), m.plain(1, 9, 8)
     ),
     "segmented_lora": segmented_lora,
     "short_attention": short_attention,

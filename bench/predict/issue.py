@@ -12,7 +12,8 @@ each kernel is compiled for the card as it would be there.  A launch takes at le
     latency   loads that wait for each other: LATENCY_US for every step of a loop and every wave,
               shared by the stages of a pipelined loop
 
-``--write`` makes bench/results/kernel_bounds.json and docs/kernels.md.  Nothing here was measured.
+``--write`` makes bench/results/kernel_bounds.json, its picture docs/kernel_bounds.png, and
+docs/kernels.md.  Nothing here was measured.
 """
 
 import argparse
@@ -31,7 +32,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton's first import
 
 import triton
 
-from bench.predict.kernel_shapes import PASSES, PRODUCTS, SHAPES, TIMES, TOKENS, WIDTH
+from bench.predict.bounds_picture import draw
+from bench.predict.kernel_shapes import APART, PASSES, PRODUCTS, SHAPES, TOKENS, WIDTH
 from bench.predict.launches import Launch, compile_launch, oldest_arch, record, specialise
 from bench.results import write
 from mfd_fast.cost.devices import DEVICES
@@ -39,7 +41,7 @@ from mfd_fast.kernels import card as multiprocessors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "bench/results/kernel_bounds.json"
-PAGE = ROOT / "docs/kernels.md"
+PAGE, PICTURE = ROOT / "docs/kernels.md", ROOT / "docs/kernel_bounds.png"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BOUNDS = ("copy", "issue", "pipe", "matmul", "latency")
 LATENCY_US = 0.4  # of a load from memory; an assumption
@@ -72,10 +74,14 @@ UNITS = {
 
 
 class Code(NamedTuple):
-    """Machine code: instructions outside loops, of one step of the loop, and resources."""
+    """Machine code: instructions outside loops, of one step of the loops, and resources.
+
+    loops: that run one after the other, each as often.
+    """
 
     straight: Counter
     step: Counter
+    loops: int
     registers: int
     shared: int
     load_bytes: float  # of one thread and global load or store
@@ -99,7 +105,9 @@ _CODE: dict[tuple, Code] = {}
 
 
 def read_code(sass: str, registers: int, shared: int) -> Code:
-    """Instructions by name.  A loop that the assembler unrolled counts as its shortest form."""
+    """Instructions by name.  A loop that the assembler unrolled counts as its shortest form; loops
+    that store and loops that do not are different loops.
+    """
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(\w[\w.]*)([^;]*);", sass)
     code = [(int(at, 16), name, rest) for at, name, rest in found]
     spans = []
@@ -110,9 +118,12 @@ def read_code(sass: str, registers: int, shared: int) -> Code:
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     bodies = [Counter(name for at, name, _ in code if a <= at <= b) for a, b in inner]
     straight = Counter(name for at, name, _ in code if not any(a <= at <= b for a, b in inner))
-    step = min(bodies, key=lambda body: body.total(), default=Counter())
+    kinds: dict[bool, list[Counter]] = {}
+    for body in bodies:
+        kinds.setdefault(any(name.startswith("STG") for name in body), []).append(body)
+    step = sum((min(bodies, key=Counter.total) for bodies in kinds.values()), Counter())
     widths = [_width(name) for _, name, _ in code if re.match("LDG|STG", name)]
-    return Code(straight, step, registers, shared, sum(widths) / max(1, len(widths)))
+    return Code(straight, step, len(kinds), registers, shared, sum(widths) / max(1, len(widths)))
 
 
 def _width(name: str) -> int:
@@ -130,8 +141,7 @@ def steps(launch: Launch) -> int:
             a["INNER"] * ceil(a["C"] / a["BLOCK_C"]) / a["SPLITS"]
         ),
         "_segmented_outer_kernel": lambda: a["num_rows"] * ceil(a["tokens"] / a["BLOCK_T"]),
-        "_linear_attention_state_kernel": lambda: ceil(a["range_tokens"] / a["BLOCK_T"]),
-        "_linear_attention_apply_kernel": lambda: ceil(a["apply_tokens"] / a["BLOCK_T"]),
+        "_linear_attention_kernel": lambda: ceil(a["tokens"] / a["BLOCK_T"]),
         "_linear_attention_grad_q_kernel": lambda: ceil(a["range_tokens"] / a["BLOCK_T"]),
         "_linear_attention_grad_kv_kernel": lambda: ceil(a["apply_tokens"] / a["BLOCK_T"]),
         "_gated_residual_backward_kernel": lambda: a["tiles"],
@@ -183,7 +193,7 @@ def bound(launch: Launch, card_name: str) -> dict:
         "issue": count.total() * clock_us,
         "pipe": clocks[unit] * clock_us,
         "matmul": flops / per_clock * clock_us,
-        "latency": ceil(waves) * (trips / overlap + 1) * LATENCY_US,
+        "latency": ceil(waves) * (trips / overlap + 1) * max(1, code.loops) * LATENCY_US,
     }
     return {
         "kernel": launch.name.strip("_").removesuffix("_kernel"),
@@ -219,20 +229,23 @@ Microseconds that every Triton kernel takes at least, from its machine code and 
 an H200. What a column means is said at the top of `bench/predict/issue.py`, which made this page:
 `python -m bench.predict.issue --write`. Other cards are in `bench/results/kernel_bounds.json`.
 **Nothing on it was measured on a GPU**: clocks, memory rates and the latency of a load are assumed.
+
+![every bound](kernel_bounds.png)
 """
 BLOCK = """
 ## One block of SANA 1.6B, forward, on an H200
 
-Microseconds: the kernels below as often as a block launches them, cuBLAS's six products at
-{share:.0%} of the peak rate, and what PyTorch does besides (attention to the text and `x + to_out`)
-as passes over the tokens at the memory's rate.
+Microseconds: the kernels below but `quantize_rows`, cuBLAS's six products at {share:.0%} of the
+peak rate, and what PyTorch does besides (attention to the text) as passes over the tokens at the
+memory's rate. `tests/bench/test_kernel_bounds.py` counts the launches of the block itself.
 
 | lanes | fused kernels | products | PyTorch | sum | launches |
 |---:|---:|---:|---:|---:|---:|
 """
 PRODUCT_SHARE = 0.8  # of the peak: 790 TFLOP/s of an H200's 989; an assumption
 FEW = {  # why a kernel has fewer programs than an H200 has multiprocessors
-    "sum_splits": "it moves less than the caches hold; its time is that of a launch",
+    "linear_attention": "a program a head; more would be a second launch and wait as long "
+    "(docs/lab-notes.md)",
     "segmented_outer": "parts of the sum would need a further launch that adds them; a deeper "
     "pipeline halves the waiting without one",
     "ode_step": "it moves one small latent; its time is that of a launch",
@@ -243,16 +256,17 @@ HEADINGS = ("kernel", "programs", "waves", "registers", *BOUNDS, "by")
 def block_row(rows: list[dict], lanes: int) -> dict:
     """One SANA block's forward on an H200 by parts, in us, and its launches."""
     peak, _, bandwidth, *_ = DEVICES["h200"]
-    mine = [r for r in rows if (r["shape"], r["card"]) == (f"SANA, {lanes} lanes", "h200")]
+    shape = f"SANA, {lanes} lanes", "h200"
+    mine = [r for r in rows if (r["shape"], r["card"]) == shape and r["kernel"] not in APART]
     flops = sum(2 * lanes * TOKENS * n * k for n, k in PRODUCTS)
     passes = sum(PASSES.values()) * lanes * TOKENS * WIDTH * 2
     row = {
         "lanes": lanes,
-        "kernels": sum(TIMES.get(r["kernel"], 1) * r["bound_us"] for r in mine),
+        "kernels": sum(r["bound_us"] for r in mine),
         "products": flops / (PRODUCT_SHARE * peak * 1e6),
         "pytorch": passes / bandwidth * 1e6,
     }
-    launches = sum(TIMES.get(r["kernel"], 1) for r in mine) + len(PRODUCTS) + len(PASSES)
+    launches = len(mine) + len(PRODUCTS) + len(PASSES)
     return row | {"sum": row["kernels"] + row["products"] + row["pytorch"], "launches": launches}
 
 
@@ -295,6 +309,7 @@ def main() -> None:
         head = {"op": "kernel_bounds", "triton": triton.__version__, "measured": False}
         write(RESULT, head, rows)
         PAGE.write_text(page(rows))
+        draw(rows, list(CARDS), PICTURE)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ TOKENS, WIDTH, HIDDEN = 1024, 2240, 5600  # SANA 1.6B at 1024px
 PRODUCTS = (
     (3 * WIDTH, WIDTH), *3 * [(WIDTH, WIDTH)], (2 * HIDDEN, WIDTH), (WIDTH, HIDDEN)
 )  # fmt: skip
-TIMES = {"norm_modulate": 2, "gated_residual": 2, "quantize_rows": 0}  # a block; the others once
-PASSES = {"attention to the text": 2, "x + to_out": 3}  # over the tokens, in PyTorch
+APART = {"quantize_rows"}  # not in a block of bf16
+PASSES = {"attention to the text": 2}  # over the tokens, in PyTorch
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -38,8 +38,10 @@ def _sana(rows: int) -> None:
     y, a, b = _meta(own, 1024, 6720), _meta(1, 3, 64, 2240), _meta(1, 3, 2240, 64)
     wide, taps, bias = _meta(rows, 1024, 11200), _meta(11200, 1, 3, 3), _meta(11200)
     lora = segmented_lora.segmented_lora_
-    layer_norm_modulate.layer_norm_modulate(x, row, row, None, 1e-6, "layer")
-    gated_residual.gated_residual(x, x, row, None)
+    norm = layer_norm_modulate.layer_norm_modulate
+    norm(x, row, row, None, 1e-6, "layer", x, row, None)  # the block before ends
+    gated_residual.gated_residual(x, x, row, row[0])
+    norm(x, row, row, None, 1e-6, "layer", x, None, row[0])  # the attention to the text ends
     linear_attention.linear_attention(*_heads(rows), 1e-15)
     lora(y, mine, a, b, index, 1.0)
     lora(mine, mine, a[:, :1], b[:, :1], index, 1.0)
@@ -59,6 +61,7 @@ def _sana_backward(rows: int) -> None:
     norm = layer_norm_modulate.layer_norm_modulate_backward
     glu = glu_depthwise.glu_depthwise_backward
     norm(x, x, row, None, mean, mean, "layer", False)
+    norm(x, x, row, None, mean, mean, "layer", False, x, None)
     gated_residual.gated_residual_backward(x, x, row, None, False)
     linear_attention_backward.linear_attention_backward(x, *_heads(rows), state, 1e-15)
     segmented_lora.segmented_lora_backward(y, x, hidden, a, b, index, 1.0, True)

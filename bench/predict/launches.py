@@ -3,7 +3,9 @@
 A launcher of ``kernels/`` that is called on meta tensors does all that it does on a GPU but launch.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from mfd_fast import AUX, TEACHER, TEACHER_UNCOND
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -107,3 +111,50 @@ def compile_launch(launch: Launch, arch: int):
     source = ASTSource(launch.kernel, *specialise(launch))
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+class _Everything(TorchDispatchMode):
+    """The names of all kernels that PyTorch and we would launch for meta tensors.
+
+    An operator of ours runs its Triton launcher; one of PyTorch's is one kernel, if it is no view
+    and does more than to ask for memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func.namespace, func.overloadpacket.__name__
+        if space == "mfd_fast":
+            module = import_module(f"mfd_fast.kernels.{name.strip('_')}")
+            made = []
+            launches = record(lambda: made.append(getattr(module, name)(*args)))
+            self.names += [launch.name for launch in launches]
+            return made[0]
+        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def block_launches(lanes: int) -> list[str]:
+    """The kernels of one block of SANA 1.6B in an ODE step of teacher, its null and the auxiliary.
+
+    ``lanes`` are of all samples together: 3, 6, ...  A network of three blocks less one of two.
+    """
+    from mfd_fast.models import preset
+    from mfd_fast.models.sana.backbone import sana_shapes
+
+    found = []
+    for depth in (2, 3):
+        shapes = sana_shapes(preset("sana-1.6b"), depth=depth)
+        backbone, batch = shapes.backbone, lanes // 3
+        with torch.no_grad():
+            prepared = backbone.prepare(shapes.cond(batch))
+            x = torch.empty(batch, 3, *backbone.sample_shape, device="meta")
+            t = torch.empty(batch, device="meta")
+            for _ in range(2):  # the first makes tables and counters
+                with _Everything() as everything:
+                    backbone(x, t, prepared, (TEACHER, TEACHER_UNCOND, AUX))
+        found.append(Counter(everything.names))
+    return sorted((found[1] - found[0]).elements())

@@ -26,7 +26,9 @@ from mfd_fast.backbones.networks import (
     train_floating,
     velocity_of,
 )
-from mfd_fast.ops.reference import wide
+from mfd_fast.ops.checks import KERNEL_DTYPES
+from mfd_fast.ops.reference import renormalised, wide
+from mfd_fast.ops.renormalised_guidance import renormalised_guidance
 
 ROLES = ("teacher", "aux", "student")
 
@@ -334,6 +336,8 @@ def guided_lanes(
     combine = getattr(backbone, "combine", None)
     if combine is None or TEACHER_UNCOND not in lanes:
         return v
+    if combine is renormalised and v.dtype in KERNEL_DTYPES:
+        return renormalised_guidance(v, w)
     both = combine(*(wide(v[:, lane]) for lane in (0, 1)), w).to(v.dtype)[:, None]
     return torch.cat([both, both, v[:, 2:]], dim=1)
 

@@ -112,7 +112,8 @@ MEMORY_BOUND = frozenset(
         *("interpolate", "mfd_loss", "ode_step_", "gated_residual", "_gated_residual_backward"),
         *("layer_norm_modulate", "_layer_norm_modulate_backward"),
         *("rms_norm_modulate_silu", "_rms_norm_modulate_silu_backward", "quantize_rows"),
-        "dequantize_nf4",
+        *("rms_norm_rotary", "_rms_norm_rotary_backward", "dequantize_nf4"),
+        "renormalised_guidance",
     }
 )
 

@@ -60,7 +60,7 @@ _forward = define(
     reference=reference.gated_residual,
     triton=f"{OP}:{OP}",
 )
-_gradients = define(
+gradients = define(
     f"_{OP}_backward",
     "(Tensor grad, Tensor? y, Tensor gate, Tensor? bias, bool with_sums) "
     "-> (Tensor grad_y, Tensor grad_gate, Tensor grad_bias)",
@@ -80,7 +80,7 @@ def _backward(ctx, grad):
     needs = ctx.needs_input_grad
     if not any(needs[1:]):
         return grad, None, None, None
-    grads = _gradients(grad.contiguous(), y, gate, bias, needs[2] or needs[3])
+    grads = gradients(grad.contiguous(), y, gate, bias, needs[2] or needs[3])
     return grad if needs[0] else None, *wanted(grads, needs[1:])
 
 

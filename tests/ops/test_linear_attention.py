@@ -86,7 +86,7 @@ def test_one_token_gets_its_own_value(implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_ranges_of_tokens(dtype, implementation):
     run, run_backward, device = implementation
-    qkv = make_inputs((1, kernel.SPLIT_TOKENS + 45, 2, 8), dtype, device)
+    qkv = make_inputs((1, backward_kernel.SPLIT_TOKENS + 45, 2, 8), dtype, device)
     assert_accurate(run, qkv)
     assert_backward_accurate(run, run_backward, qkv)
 

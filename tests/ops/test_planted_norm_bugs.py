@@ -22,12 +22,20 @@ BUGS = {
         "wrong sign": ("y = xs[i] - mean", "y = xs[i] + mean"),
         "missing mask": ("if (i + 1) * BLOCK_C > C:", "if False:"),
         "wrong stride": ("scale_ptr += sample * scale_stride", "scale_ptr += sample * C"),
+        "norm of x alone": ("x = stream.to(WIDE)", "pass"),
+        "stream without bias": ("y += load_row(bias_ptr, c, C, WIDE)", "pass"),
+        "gate of the first sample": ("gate_ptr += sample * gate_stride", "pass"),
         "wrong count": ("tl.sqrt(total / C + EPS)", "tl.sqrt(total / BLOCK_C + EPS)"),
     },
     "norm_modulate_backward": {
         "wrong sign": ("grads[i] - xhats[i] * inner", "grads[i] + xhats[i] * inner"),
         "missing mask": ("inner = tl.where(rstd < MAX_RSTD, inner, 0.0)", "pass"),
         "wrong stride": ("shift_ptr + sample * shift_stride", "shift_ptr + sample * C"),
+        "base left out": ("grad_x += tl.load(base_ptr", "grad_x += 0 * tl.load(base_ptr"),
+        "gate of the first sample": (
+            "gate_ptr = None if gate_ptr is None else gate_ptr + sample * gate_stride",
+            "pass",
+        ),
         "tiles of another part": ("(pid % parts) * tiles + tile", "(pid % parts) + tile"),
     },
     "column_sum": {
@@ -52,7 +60,10 @@ def check_norms(device):
     rows = with_room(inputs[1]._base)
     inputs = (with_room(inputs[0]), rows[:, 1], rows[:, 4], with_room(inputs[3]))
     kernel = layer_norm_modulate
-    test.check(kernel.layer_norm_modulate, kernel.layer_norm_modulate_backward, inputs, "layer")
+    launches = kernel.layer_norm_modulate, kernel.layer_norm_modulate_backward
+    test.check(*launches, inputs, "layer")
+    residual = with_room(torch.randn_like(inputs[0])), rows[:, 2], with_room(inputs[3].clone())
+    test.check_residual(*launches, inputs, residual, "layer")
 
     test = test_rms_norm_modulate_silu
     x, gain, *_ = test.make_inputs((4, 9, 70), 2, torch.float32, device)

@@ -63,6 +63,7 @@ def assert_accurate(lanes, args):
     assert hidden.isfinite().all()
     y = args[0].clone()
     lanes.segmented_lora_(y, *args[1:], SCALE)
+    assert_as_accurate(y, eager, exact)
     assert torch.equal(y, out)
 
 
@@ -94,6 +95,23 @@ def test_matches_float64(shape, dtype, implementation):
     args = make_inputs(shape, dtype, device)
     assert_accurate(lanes, args)
     assert_backward_accurate(lanes, args)
+
+
+def test_parts_of_a_sum_leave_their_counters_at_zero(triton_device):
+    """One sum in two launches of two parts each, for rows with and without an adapter."""
+    args = make_inputs((10, 40, 2, 18, 5, (-1, 1, 0)), torch.float32, triton_device)
+    first, second = (kernel.segmented_lora(*args, SCALE) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+    device = args[0].device
+    assert not kernel._arrivals(device, kernel._stream(device)).any()
+
+
+def test_more_tiles_than_counters_are_whole_sums(triton_device, monkeypatch):
+    args = make_inputs((10, 40, 2, 18, 5, (-1, 1, 0)), torch.float32, triton_device)
+    parts = kernel.segmented_lora(*args, SCALE)[0]
+    monkeypatch.setattr(kernel, "ARRIVALS", 1)
+    assert_accurate(kernel, args)
+    assert torch.allclose(parts, kernel.segmented_lora(*args, SCALE)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -33,9 +33,11 @@ def layer_norm_modulate(kernel) -> None:
         x, row = meta(6, 1024, width, dtype=dtype), meta(2, width, dtype=dtype)
         gain, mean = row[0] if with_gain else None, meta(6, 1024, dtype=FP32)
         kernel.layer_norm_modulate(x, row, row, gain, 1e-6, kind)
+        kernel.layer_norm_modulate(x, row, row, gain, 1e-6, kind, x, row, row[0])
         for with_sums in (False, True):
             args = (x, x, row, gain, mean, mean, kind, with_sums)
             kernel.layer_norm_modulate_backward(*args)
+            kernel.layer_norm_modulate_backward(*args, x, row)
 
 
 def rms_norm_modulate_silu(kernel) -> None:
@@ -48,6 +50,25 @@ def rms_norm_modulate_silu(kernel) -> None:
         for with_sums in (False, True):
             args = (x, x, gain, row, row, rstd, 1e-12, with_sums)
             kernel.rms_norm_modulate_silu_backward(*args)
+
+
+def rms_norm_rotary(kernel) -> None:
+    """FLUX's heads, Wan 14B's norm across them, LTX's one head, both layouts."""
+    for dtype, heads, width, layout, is_across in (
+        (BF16, 24, 128, "interleaved", False), (BF16, 40, 128, "interleaved", True),
+        (FP32, 40, 128, "interleaved", True), (BF16, 1, 2048, "interleaved", False),
+        (BF16, 24, 96, "half", False), (FP32, 24, 128, "half", False), (FP16, 2, 12, "half", True),
+    ):  # fmt: skip
+        x, angles = meta(2, 512, heads, width, dtype=dtype), meta(1, 512, width // 2, dtype=FP32)
+        args = (meta(heads * width if is_across else width, dtype=dtype), angles, angles)
+        for weight in (args[0], None):
+            kernel.rms_norm_rotary(x, weight, *args[1:], 1e-6, layout, is_across)
+            kernel.rms_norm_rotary_backward(x, x, weight, *args[1:], 1e-6, layout, is_across)
+
+
+def renormalised_guidance(kernel) -> None:
+    for dtype, width in ((BF16, 64), (FP16, 96), (FP32, 8192)):
+        kernel.renormalised_guidance(meta(2, 3, 16, width, dtype=dtype), 4.0)
 
 
 def interpolate(kernel) -> None:
@@ -141,7 +162,8 @@ def short_attention(kernel) -> None:
 LAUNCHERS = {
     function.__name__: function
     for function in (
-        gated_residual, layer_norm_modulate, rms_norm_modulate_silu, interpolate, ode_step,
+        gated_residual, layer_norm_modulate, rms_norm_modulate_silu, rms_norm_rotary, interpolate,
+        renormalised_guidance, ode_step,
         mfd_loss, quantize_rows, linear_attention, linear_attention_backward, segmented_lora,
         glu_depthwise, short_attention,
     )

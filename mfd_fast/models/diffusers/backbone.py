@@ -23,6 +23,7 @@ from mfd_fast.flow.solvers import scheduled
 from mfd_fast.flow.times import Schedule
 from mfd_fast.models.diffusers.family import Family, FamilyNetwork
 from mfd_fast.models.diffusers.lengths import OwnLengths, Rows, by_length
+from mfd_fast.models.diffusers.rotary import fuse_rotary
 
 
 def backbone_of(
@@ -73,6 +74,7 @@ def backbone_of(
     )
     for part in family.networks.values():
         family.set_modes(part)
+        fuse_rotary(part)
     return backbone
 
 

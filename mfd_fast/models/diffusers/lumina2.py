@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.constants import CALL, Constant
 from mfd_fast.models.diffusers.family import Cond, Family
+from mfd_fast.ops.reference import renormalised
 
 
 class AllTrue(Tensor):
@@ -31,6 +32,7 @@ class Lumina2(Family):
     The null prompt is "" without the system prompt.
     """
 
+    combine: ClassVar = staticmethod(renormalised)  # of every row of pixels
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
     comfyui: ClassVar = {
         f"{stack}.{{}}.{theirs}": tuple(f"{stack}.{{}}.{name}" for name in ours)
@@ -74,8 +76,3 @@ class Lumina2(Family):
             encoder_attention_mask=cond["mask"],
             return_dict=False,
         )[0]
-
-    def combine(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """Linear guidance with the norm of v_cond in every row of pixels ``[..., w]``."""
-        v = v_uncond + scale * (v_cond - v_uncond)
-        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))

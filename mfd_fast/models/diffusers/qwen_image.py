@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mfd_fast.models.diffusers.constants import TABLE, Constant
 from mfd_fast.models.diffusers.family import Cond, by_channel, padded
 from mfd_fast.models.diffusers.packed import Packed
+from mfd_fast.ops.reference import renormalised
 
 
 class QwenImage(Packed):
@@ -21,6 +22,7 @@ class QwenImage(Packed):
     scale_name: ClassVar = "true_cfg_scale"
     why_eager: ClassVar = "diffusers makes a tensor on the host in every call"
     text_length: ClassVar = 256
+    combine: ClassVar = staticmethod(renormalised)  # of every token
     names: ClassVar = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
 
     @torch.no_grad()
@@ -57,11 +59,6 @@ class QwenImage(Packed):
             img_shapes=[[(1, self.rows, self.columns)]] * len(x),
             return_dict=False,
         )[0]
-
-    def combine(self, v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-        """Linear guidance with the norm of v_cond in every token ``[..., C]``."""
-        v = v_uncond + scale * (v_cond - v_uncond)
-        return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
 
     def denormalised(self, x: Tensor) -> Tensor:
         return by_channel(self.unpacked(x), self.pipe.vae.config)[:, :, None]

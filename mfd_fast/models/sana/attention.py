@@ -79,9 +79,16 @@ class Projections(PackedModule):
         y = F.linear(x, joined([layer.weight for layer in layers], self._weights[names]), bias)
         return y if adapters is None else adapters.add(x, y)
 
+    def output(self, mixed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output projection ``[R, T, C]``, and its bias if that is still to be added."""
+        out = self.to_out[0]
+        if type(out) is not nn.Linear or out._forward_hooks:
+            return out(mixed), None
+        return F.linear(mixed, out.weight), out.bias
+
 
 class LinearSelfAttention(Projections):
-    """ReLU linear attention of all image tokens, without the bias of its output projection."""
+    """ReLU linear attention of all image tokens."""
 
     GROUPS = (("to_q", "to_k", "to_v"),)
 
@@ -91,20 +98,16 @@ class LinearSelfAttention(Projections):
         self.heads = heads
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``[R, T, C]`` to ``[R, T, C]``, and the bias ``[C]`` that is still to be added."""
+        """``[R, T, C]`` to ``[R, T, C]``, and the bias that is still to be added."""
         qkv = self.project(self.GROUPS[0], x).unflatten(2, (3, -1))
         q, k, v = qkv.unbind(2)
         if self.norm_q is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        mixed = linear_attention(*(y.unflatten(2, (self.heads, -1)) for y in (q, k, v)))
-        out = self.to_out[0]
-        if type(out) is not nn.Linear or out._forward_hooks:
-            return out(mixed), None
-        return F.linear(mixed, out.weight), out.bias
+        return self.output(linear_attention(*(y.unflatten(2, (self.heads, -1)) for y in (q, k, v))))
 
 
 class TextAttention(Projections):
-    """Softmax attention of image tokens to text tokens, added to its input."""
+    """Softmax attention of image tokens to text tokens."""
 
     GROUPS = (("to_q",), ("to_k", "to_v"))
 
@@ -121,14 +124,18 @@ class TextAttention(Projections):
         k, v = both.chunk(2, dim=-1)
         return torch.cat([self.norm_k(k), v], dim=-1)
 
-    def forward(self, x: Tensor, keys_values: Tensor, bias: Tensor | None) -> Tensor:
-        """x ``[R, T, C]`` plus what it reads; bias ``[R, 1, 1, L]`` is added to the scores."""
+    def forward(
+        self, x: Tensor, keys_values: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What x ``[R, T, C]`` reads, and the bias that is still to be added.
+
+        The argument bias ``[R, 1, 1, L]`` is added to the scores.
+        """
         q = self.project(self.GROUPS[0], x)
         q = q if self.norm_q is None else self.norm_q(q)
         k, v = keys_values.chunk(2, dim=-1)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        mixed = softmax_attention(q, k, v, bias).transpose(1, 2).flatten(2)
-        return x + self.to_out[0](mixed)
+        return self.output(softmax_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from mfd_fast.models.sana.attention import LinearSelfAttention, TextAttention
 from mfd_fast.models.sana.config import SanaConfig
 from mfd_fast.ops.gated_residual import gated_residual
 from mfd_fast.ops.glu_depthwise import glu_depthwise
-from mfd_fast.ops.layer_norm_modulate import layer_norm_modulate
+from mfd_fast.ops.layer_norm_modulate import layer_norm_modulate, residual_norm_modulate
 
 MODULATIONS = 6  # shift, scale and gate of the self-attention, then of the convolution
 
@@ -50,6 +50,15 @@ class GatedConvolution(nn.Module):
         return F.linear(gated, self.conv_point.matrix())
 
 
+def finish(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The stream x with the branch that a block left to its successor, and its modulated norm."""
+    if branch is None:
+        return x, layer_norm_modulate(x, scale, shift, eps=eps)
+    return residual_norm_modulate(x, branch, gate, scale, shift, eps=eps)
+
+
 class SanaBlock(nn.Module):
     """One of the network's ``transformer_blocks``."""
 
@@ -80,17 +89,27 @@ class SanaBlock(nn.Module):
         bias: Tensor | None,
         height: int,
         width: int,
-    ) -> Tensor:
-        """``[R, T, C]`` to ``[R, T, C]``.
+        branch: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream ``[R, T, C]``, the branch and the gate ``[R, C]`` that are still to be added.
+
+        They are None where gradients are recorded: a policy would keep both for every block.
 
         Args:
             modulation: ``[R, 6, C]``, the block's table added to the time's rows.
             keys_values, bias: of the text (``TextAttention``).
+            branch, gate: what the block before left.
         """
         shift_a, scale_a, gate_a, shift_c, scale_c, gate_c = modulation.unbind(1)
-        normed = layer_norm_modulate(x, scale_a, shift_a, eps=self.eps)
+        x, normed = finish(x, branch, gate, scale_a, shift_a, self.eps)
         mixed, out_bias = self.attn1(normed)
         x = gated_residual(x, mixed, gate_a, out_bias)
-        x = self.attn2(x, keys_values, bias)
-        normed = layer_norm_modulate(x, scale_c, shift_c, eps=self.eps)
-        return gated_residual(x, self.ff(normed, height, width), gate_c)
+        read, out_bias = self.attn2(x, keys_values, bias)
+        x, normed = residual_norm_modulate(
+            x, read, None, scale_c, shift_c, bias=out_bias, eps=self.eps
+        )
+        convolved = self.ff(normed, height, width)
+        if torch.is_grad_enabled():
+            return gated_residual(x, convolved, gate_c), None, None
+        return x, convolved, gate_c

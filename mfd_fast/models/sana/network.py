@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from mfd_fast.backbones.adapters import AdapterBank
 from mfd_fast.models.sana.attention import Gain
-from mfd_fast.models.sana.blocks import MODULATIONS, SanaBlock
+from mfd_fast.models.sana.blocks import MODULATIONS, SanaBlock, finish
 from mfd_fast.models.sana.config import SanaConfig
 from mfd_fast.models.sana.embeddings import TIMESTEPS, Mlp, PatchEmbedding, TimeEmbedding
 from mfd_fast.models.sana.packing import PackedModule, joined, share_storage
-from mfd_fast.ops.layer_norm_modulate import layer_norm_modulate
 
 BLOCKS = r"transformer_blocks\.\d+"  # the repeated blocks, for an activation policy
 CAPTION_NORM_EPS = 1e-5
@@ -125,13 +124,13 @@ class SanaNetwork(PackedModule):
         modulation = tables.unflatten(0, (-1, MODULATIONS)) + modulation.unflatten(
             1, (1, MODULATIONS, -1)
         )
-        tokens = self.patch_embed(x)
+        tokens, left = self.patch_embed(x), (None, None)
         for block, rows, kv in zip(
             blocks, modulation.unbind(1), prepared["keys_values"], strict=True
         ):
-            tokens = block(tokens, rows, kv, prepared.get("bias"), height, width)
+            tokens, *left = block(tokens, rows, kv, prepared.get("bias"), height, width, *left)
         shift, scale = (self.scale_shift_table + embedding[:, None]).unbind(1)
-        tokens = layer_norm_modulate(tokens, scale, shift, eps=HEAD_NORM_EPS)
+        _, tokens = finish(tokens, *left, scale, shift, HEAD_NORM_EPS)
         return self.patch_embed.restore(self.proj_out(tokens), height, width)
 
     def _time(self, t: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:

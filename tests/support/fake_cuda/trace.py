@@ -127,7 +127,7 @@ def tensors(tree) -> list[Tensor]:
 
 def stand_in(mode: OnFakeCuda) -> None:
     """What Python asks a device, and Triton's launches."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
     torch.cuda._lazy_init = lambda: None
     torch.cuda.current_stream = torch.cuda.Stream = lambda *_: stream
     torch.cuda.stream = torch.cuda.device = lambda _: nullcontext()
