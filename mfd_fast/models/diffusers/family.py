@@ -34,7 +34,7 @@ FAMILIES = {
     "HiDreamImagePipeline": "hidream:HiDream",
     "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
     "Kandinsky5T2IPipeline": "kandinsky5:Kandinsky5Image",
-    "Kandinsky5T2VPipeline": "kandinsky5:Kandinsky5Video",
+    "Kandinsky5T2VPipeline": "kandinsky5_video:Kandinsky5Video",
     "Krea2Pipeline": "krea2:Krea2",
     "LTXPipeline": "ltx:LTX",
     "Lumina2Pipeline": "lumina2:Lumina2",

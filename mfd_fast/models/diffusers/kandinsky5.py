@@ -1,4 +1,4 @@
-"""Kandinsky 5, images and videos: channels last, text and null as long as they are, attended."""
+"""Kandinsky 5, its images: channels last, text and null as long as they are, attended."""
 
 from typing import Any, ClassVar
 
@@ -7,13 +7,6 @@ from torch import Tensor, nn
 
 from mfd_fast.models.diffusers.family import Cond
 from mfd_fast.models.diffusers.lengths import OwnLengths
-from mfd_fast.models.diffusers.video import Video
-
-# What the call for videos takes where no negative prompt is given.
-NULL = (
-    "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, "
-    "ugly, deformed, walking backwards"
-)
 
 
 class Kandinsky5(OwnLengths):
@@ -122,24 +115,3 @@ class Kandinsky5Image(Kandinsky5):
 
     def denormalised(self, x: Tensor) -> Tensor:
         return super().denormalised(x)[:, :, 0]
-
-
-class Kandinsky5Video(Kandinsky5, Video):
-    """Text to videos with full attention."""
-
-    rate: ClassVar = 24.0
-
-    def __init__(self, pipe: Any, **options: Any):
-        super().__init__(pipe, **options)
-        if self.config.attention_type != "regular":
-            raise ValueError(
-                f"this network's attention is {self.config.attention_type!r}, whose masks come "
-                "from the device: take a checkpoint with full attention, those of 5 seconds"
-            )
-
-    @torch.no_grad()
-    def encode_null(self) -> Cond:
-        return self.encode_alone(NULL)
-
-    def scale_factor(self) -> Any:
-        return self.pipe._get_scale_factor(self.height, self.width)

@@ -64,8 +64,7 @@ def save_student(
     if sampler.scheduler is not None:
         sampler.scheduler.save_pretrained(path.parent)
         written.append(path.with_name("scheduler_config.json"))
-    reads_all = family.comfyui is not None and not family.comfyui
-    comfyui = [*loads.values()] if reads_all else names_there
+    comfyui = [*loads.values()] if family.comfyui == {} else names_there
     graph = save_workflow(family, comfyui, sampler, path.with_name(WORKFLOW))
     written += graph
     write_card(
