@@ -121,25 +121,16 @@ def norm_modulate_kernel(
     gate_ptr,  # [S, C] or None
     bias_ptr,  # [C] or None
     stream_ptr,  # [S, M, C], or None without branch
-    scale_ptr,  # [S, C] or None
-    shift_ptr,  # [S, C] or None
+    scale_ptr, shift_ptr,  # [S, C] or None
     gain_ptr,  # [C] or None
     y_ptr,  # [S, M, C]
     mean_ptr,  # [S, M], or None unless KIND is "layer"
     rstd_ptr,  # [S, M]
-    rows,  # M
-    tiles,  # of BLOCK_R rows in one sample
-    gate_stride,
-    scale_stride,
-    shift_stride,
-    C: tl.constexpr,
-    EPS: tl.constexpr,
-    KIND: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    rows, tiles,  # M, and tiles of BLOCK_R rows in one sample
+    gate_stride, scale_stride, shift_stride,
+    C: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     WIDE: tl.constexpr = rstd_ptr.dtype.element_ty
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)

@@ -99,32 +99,21 @@ def _store_sums(partial_ptr, sums, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK
 
 @triton.jit
 def _norm_modulate_backward_kernel(
-    grad_ptr,  # [S, M, C]
-    x_ptr,  # [S, M, C]
-    scale_ptr,  # [S, C] or None
-    shift_ptr,  # [S, C] or None (needed only with SILU)
+    grad_ptr, x_ptr,  # [S, M, C]
+    scale_ptr, shift_ptr,  # [S, C] or None; shift is needed only with SILU
     gain_ptr,  # [C] or None
-    mean_ptr,  # [S, M], or None unless KIND is "layer"
-    rstd_ptr,  # [S, M]
+    mean_ptr, rstd_ptr,  # [S, M]; mean None unless KIND is "layer"
     base_ptr,  # [S, M, C] or None: added to grad_x
     gate_ptr,  # [S, C] or None
     grad_x_ptr,  # [S, M, C]
     grad_branch_ptr,  # [S, M, C], or None without gate
     partial_ptr,  # [S, P, 2, C] or None: sums of grad_z * xhat and of grad_z
-    rows,  # M
-    parts,  # P
-    tiles,  # of BLOCK_R rows in one part
-    gate_stride,
-    scale_stride,
-    shift_stride,
-    C: tl.constexpr,
+    rows, parts, tiles,  # M, P, and tiles of BLOCK_R rows in one part
+    gate_stride, scale_stride, shift_stride,
+    C: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr,
     MAX_RSTD: tl.constexpr,  # KIND "l2": rstd of a row at or under the least norm
-    KIND: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     WIDE: tl.constexpr = rstd_ptr.dtype.element_ty
     pid = tl.program_id(0)
     sample = (pid // parts).to(tl.int64)

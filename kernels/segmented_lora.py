@@ -86,30 +86,19 @@ def _add_parts(total, parts_ptr, counter_ptr, part, size, at, mask, SPLITS: tl.c
 def _segmented_matmul_kernel(
     x_ptr,  # [R, T, X_WIDTH]
     w_ptr,  # [K, outer groups, INNER, N, C], or [..., C, N] if FLIPPED
-    base_ptr,  # [R, T, OUT_WIDTH] or None: added
-    out_ptr,  # [R, T, OUT_WIDTH]
+    base_ptr, out_ptr,  # [R, T, OUT_WIDTH]; base, which is added, or None
     parts_ptr,  # [SPLITS, R, T, OUT_WIDTH] fp32, or None if SPLITS = 1
     arrivals_ptr,  # int32 zeros, one for every tile, which are zeros again in the end; or None
     rows_ptr,  # [R] int32
-    scale,
-    tokens,
-    adapters,
-    w_adapter,
-    w_outer,
-    w_inner,
-    N: tl.constexpr,  # columns of a group of the output
-    C: tl.constexpr,  # columns of a group of x
+    scale, tokens, adapters, w_adapter, w_outer, w_inner,
+    N: tl.constexpr, C: tl.constexpr,  # columns of a group of the output, and of x
     INNER: tl.constexpr,  # groups that are summed
+    X_WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr,
     X_OUTER: tl.constexpr,  # columns of x from one group of the output to the next
-    X_WIDTH: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    FLIPPED: tl.constexpr,
+    FLIPPED: tl.constexpr, SPLITS: tl.constexpr,  # parts of the sum
     FILL: tl.constexpr,  # rows without an adapter are written too
-    SPLITS: tl.constexpr,  # parts of the sum
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     STEPS: tl.constexpr = INNER * ((C + BLOCK_C - 1) // BLOCK_C)
     EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     row = tl.program_id(2).to(tl.int64)

@@ -114,9 +114,9 @@ def _turning(attention: nn.Module, angles: Any, text: Tensor | None) -> dict[str
 def _tables(angles: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """cos and sin ``[R or 1, T, D / 2]``, views of complex numbers or of tables with each twice."""
     if isinstance(angles, Tensor):
-        both = torch.view_as_real(angles).unbind(-1)
+        both = torch.view_as_real(angles).float().unbind(-1)
     else:
-        both = angles[0][..., ::2], angles[1][..., ::2]
+        both = angles[0][..., ::2].float(), angles[1][..., ::2].float()
     if both[0].ndim == 4:  # [1, T, 1, D]
         both = tuple(table.squeeze(2) for table in both)
     return tuple(table if table.ndim == 3 else table[None] for table in both)
