@@ -28,12 +28,13 @@ FUSED = {
     "wan": 2,
     "ltx": 2,
 }
+OP = "rms_norm_rotary"
 LANES = (TEACHER, STUDENT)
 families = pytest.mark.parametrize("name", FUSED)
 
 
 def made(name, monkeypatch, *, fused, dtype=torch.float32):
-    """A backbone with drawn adapters, its inputs for two lanes, and what they are prepared to."""
+    """A backbone with drawn adapters, its inputs for two lanes, and their condition."""
     with monkeypatch.context() as patch:
         if not fused:
             patch.setattr(backbones, "fuse_rotary", lambda network: 0)
@@ -49,12 +50,12 @@ def made(name, monkeypatch, *, fused, dtype=torch.float32):
     x = torch.randn(1, 1, *family.sample_shape, generator=generator).repeat(
         1, 2, *[1] * len(family.sample_shape)
     )
-    return backbone, x.to(dtype), backbone.prepare(cond)
+    return backbone, x.to(dtype), cond
 
 
-def run(backbone, x, prepared):
+def run(backbone, x, cond):
     """Velocities without gradient, then the student's with it: v, and what the adapters get."""
-    t = torch.full(x.shape[:1], 0.7)
+    t, prepared = torch.full(x.shape[:1], 0.7), backbone.prepare(cond)
     with torch.no_grad():
         v = backbone(x, t, prepared, LANES)
     own = backbone(x[:, :1], t, prepared, LANES[1:])
@@ -75,15 +76,17 @@ def test_equal_with_adapters_and_gradient(name, monkeypatch):
 def test_operators_of_a_block(name, monkeypatch):
     counts = []
     for fused in (True, False):
-        backbone, x, prepared = made(name, monkeypatch, fused=fused)
-        run(backbone, x, prepared)
+        backbone, x, cond = made(name, monkeypatch, fused=fused)
+        run(backbone, x, cond)
         with Count() as count:
-            run(backbone, x, prepared)
+            run(backbone, x, cond)
         counts.append(count)
     ours, stock = counts
     # Queries and keys, of the text too where it has its own, forward, twice, and backward.
-    assert ours.ops["rms_norm_rotary"] % (2 * FUSED[name]) == 0
-    assert ours.ops["_rms_norm_rotary_backward"] == ours.ops["rms_norm_rotary"] // 2
+    assert ours.ops[OP] % (2 * FUSED[name]) == 0
+    # Those of a first block's text have no adapter behind them in most families.
+    backward, forward = (ours.ops[name] for name in ("_rms_norm_rotary_backward", OP))
+    assert forward // 2 - 2 <= backward <= forward // 2
     assert (stock.total - ours.total) / FUSED[name] >= 3 * 3
 
 
