@@ -37,6 +37,11 @@ LOADS = {
 }
 # Of a pipeline without a loader of its own.
 LOAD = 'pipe.transformer.load_lora_adapter(".", weight_name="{}")  # "." is this folder'
+# Of a network that loads none.
+MERGED = (
+    'pipe.transformer = type(pipe.transformer).from_pretrained("./{}", torch_dtype=pipe.dtype)'
+    ".to(pipe.device)"
+)
 SCHEDULER = 'pipe.scheduler = type(pipe.scheduler).from_pretrained(".")\n'
 
 
@@ -65,7 +70,8 @@ def write_card(
         fps: frames a second of videos; None: it makes images.
         sampler: of the student.
     """
-    lines = LOADS if hasattr(pipe, "load_lora_weights") else {"transformer": LOAD}
+    own = LOAD if hasattr(pipe.transformer, "load_lora_adapter") else MERGED
+    lines = LOADS if hasattr(pipe, "load_lora_weights") else {"transformer": own}
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
     nodes = " ".join(f"{node:.4f}" for node in sampler.schedule.nodes)
     text = CARD.format(

@@ -76,6 +76,7 @@ def pipeline_with(name: str, **parts: Any) -> Any:
     """A pipeline of the class ``name`` with these components and no others."""
     import diffusers
 
+    adapter_of(name).before()
     cls = getattr(diffusers, name)
     needed = inspect.signature(cls.__init__).parameters.items()
     missing = {part: None for part, p in needed if p.default is p.empty and part != "self"}
@@ -139,6 +140,7 @@ def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
     import diffusers
 
+    adapter_of(index["_class_name"]).before()
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
     made |= unchecked(getattr(diffusers, index["_class_name"]))
     del made["scheduler"]  # which is read

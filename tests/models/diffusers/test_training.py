@@ -30,6 +30,7 @@ KINDS = {
     "embedded": ("flux1-dev", "flux2-dev"),
     "lists, 1 + s": ("z-image", "krea2"),
     "from t = 80/81": ("cosmos2",),
+    "a call for every length": ("omnigen",),
     "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
 
@@ -167,7 +168,7 @@ def test_what_can_be_captured_is_what_the_family_says(name):
 
     step(0)
     eager = ("lumina2", "hidream", "hidream-euler", "z-image", "chroma", "qwen-image")
-    eager += ("wan2.2-a14b", "hunyuan-video", "mochi")
+    eager += ("wan2.2-a14b", "hunyuan-video", "mochi", "omnigen")
     assert bool(family.why_eager) == (name in eager)
     if family.why_eager:
         with pytest.raises(ValueError, match="a captured step may not"):
