@@ -39,6 +39,8 @@ def staged(folder: str | Path, what: str = "") -> Iterator[Path]:
         for path in hidden.rglob("*"):
             sync(path)
         for path in sorted(hidden.iterdir()):
+            if path.is_dir():  # which replaces none that has files
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)
         sync(folder)
     except (OSError, SafetensorError) as error:

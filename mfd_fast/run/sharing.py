@@ -44,6 +44,8 @@ def write_hub_folder(run: RunFolder, task: Task, out: Path) -> None:
         is_part = path.suffix in (".safetensors", ".json") and path.name != RESULTS
         if path.is_file() and is_part and path.name != STUDENT:
             shutil.copy2(path, out)
+        if path.is_dir() and path.name.startswith(Path(STUDENT).stem):  # merged weights
+            shutil.copytree(path, out / path.name)
     pictures = [p for p in sorted(run.path.iterdir()) if p.suffix in (".png", ".gif")]
     for path in (p for p in pictures if p.name != CURVES):
         (out / IMAGES).mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 """Small random pipelines that need what is not installed, parts of ``tiny_pipelines``."""
 
-from tiny_parts import diffusers, euler, t5, tokenizer, wan_vae
+from tiny_parts import diffusers, euler, kl_vae, t5, tokenizer, wan_vae
+
+from mfd_fast.models.diffusers.omnigen import OmniGen
 
 
 class Checker:
@@ -35,4 +37,19 @@ def cosmos2(scheduler=None):
     )
 
 
-OTHERS = {"cosmos2": cosmos2}
+def omnigen():
+    OmniGen.before()  # as a pipeline that is made by hand needs it without torchvision
+    return diffusers.OmniGenPipeline(
+        transformer=diffusers.OmniGenTransformer2DModel(
+            **{"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4},
+            **{"intermediate_size": 32, "num_layers": 2, "in_channels": 4, "time_step_dim": 4},
+            **{"vocab_size": 300, "pad_token_id": 0},
+            rope_scaling={"short_factor": [1, 2], "long_factor": [1, 2]},
+        ),
+        scheduler=euler(invert_sigmas=True, num_train_timesteps=1),
+        vae=kl_vae(shift_factor=None),
+        tokenizer=tokenizer("<s> $A", length=4096),
+    )
+
+
+OTHERS = {"cosmos2": cosmos2, "omnigen": omnigen}

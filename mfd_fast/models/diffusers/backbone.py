@@ -61,8 +61,7 @@ def backbone_of(
         targets=family.targets if targets is None else targets,
         generator=generator,
     )
-    kind = SharedBackbone if len(family.networks) == 1 else ExpertsBackbone
-    backbone = (LengthsBackbone if isinstance(family, OwnLengths) else kind)(
+    backbone = _kind(family)(
         network,
         adapters=bank,
         sample_shape=family.sample_shape,
@@ -76,6 +75,15 @@ def backbone_of(
         family.set_modes(part)
         fuse_rotary(part)
     return backbone
+
+
+def _kind(family: Family) -> type[SharedBackbone]:
+    """By how a family calls its networks."""
+    if isinstance(family, OwnLengths):
+        return LengthsBackbone
+    if family.one_length:
+        return OneLengthBackbone
+    return SharedBackbone if len(family.networks) == 1 else ExpertsBackbone
 
 
 class ExpertsBackbone(SharedBackbone):
@@ -140,6 +148,22 @@ class LengthsBackbone(SharedBackbone):
         return torch.stack([made[column] for column in range(len(lanes))], dim=1)
 
 
+class OneLengthBackbone(SharedBackbone):
+    """A network that takes prompts of one length: samples of several, a call for each length."""
+
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, lanes: tuple[Lane, ...]) -> Tensor:
+        first = prepared.cond["first"][: check_lanes(x, prepared, lanes)]
+        v = None
+        for length in (lengths := first.unique().tolist()):
+            if len(lengths) == 1:
+                return super().forward(x, t, prepared, lanes)
+            samples = (first == length).nonzero().flatten().to(x.device)
+            made = super().forward(x[samples], t[samples], Part(prepared, samples), lanes)
+            v = made.new_zeros(x.shape) if v is None else v
+            v = v.index_copy(0, samples, made)
+        return v
+
+
 class Part(NamedTuple):
     """Some samples of a prepared batch, as ``Prepared``."""
 
@@ -153,7 +177,9 @@ class Part(NamedTuple):
     def rows(self, lanes: tuple[Lane, ...], n: int) -> Any:
         """Conditions ``[n * L, ...]`` of the first n of them."""
         return tree_map(
-            lambda leaf: leaf.unflatten(0, (-1, len(lanes)))[self.samples[:n]].flatten(0, 1),
+            lambda leaf: leaf.unflatten(0, (-1, len(lanes)))[
+                self.samples[:n].to(leaf.device)
+            ].flatten(0, 1),
             self.prepared.rows(lanes, self.prepared.batch),
         )
 

@@ -38,6 +38,11 @@ LOADS = {
 SCHEDULER = 'pipe.scheduler = {}.from_pretrained(".")\n'
 # Of a pipeline without a loader of its own.
 LOAD = 'pipe.transformer.load_lora_adapter(".", weight_name="{}")  # "." is this folder'
+# Of a network that loads none.
+MERGED = (
+    'pipe.transformer = type(pipe.transformer).from_pretrained("./{}", torch_dtype=pipe.dtype)'
+    ".to(pipe.device)"
+)
 
 
 def write_card(
@@ -67,7 +72,8 @@ def write_card(
         output: where the call's answer has them.
         sampler: of the student.
     """
-    lines = LOADS if hasattr(pipe, "load_lora_weights") else {"transformer": LOAD}
+    own = LOAD if hasattr(pipe.transformer, "load_lora_adapter") else MERGED
+    lines = LOADS if hasattr(pipe, "load_lora_weights") else {"transformer": own}
     call = sampler.call | dict(zip(("height", "width"), size, strict=True))
     scheduler = "" if sampler.scheduler is None else type(sampler.scheduler).__name__
     nodes = " ".join(f"{node:.4f}" for node in sampler.schedule.nodes)

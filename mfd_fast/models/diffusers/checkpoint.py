@@ -89,6 +89,7 @@ def of_diffusers(name: str) -> Any:
 
 def pipeline_with(name: str, **parts: Any) -> Any:
     """A pipeline of the class ``name`` with these components and no others."""
+    adapter_of(name).before()
     cls = of_diffusers(name)
     needed = inspect.signature(cls.__init__).parameters.items()
     missing = {part: None for part, p in needed if p.default is p.empty and part != "self"}
@@ -149,6 +150,7 @@ def quiet() -> Iterator[None]:
 @quiet()
 def outline(folder: Path, index: dict[str, Any]) -> Any:
     """The pipeline with network and VAE on ``meta`` and nothing that encodes text."""
+    adapter_of(index["_class_name"]).before()
     made: dict[str, Any] = dict.fromkeys(parts_of(index))
     made |= unchecked(of_diffusers(index["_class_name"]))
     del made["scheduler"]  # which is read

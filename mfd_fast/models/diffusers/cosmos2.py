@@ -29,12 +29,22 @@ class Cosmos2(Family):
 
     def __init__(self, pipe: Any, **options: Any):
         super().__init__(pipe, **options)
-        _resize_without_torchvision()
+        self.before()
         if self.config.in_channels != self.config.out_channels:
             raise ValueError(
                 "this Cosmos network starts from a video, which no adapter takes: give the "
                 "checkpoint of text to image (Text2Image)"
             )
+
+    @classmethod
+    def before(cls) -> None:
+        """Its network resizes a mask, which is 0 here, by torchvision."""
+        from diffusers.models.transformers import transformer_cosmos as module
+
+        if not hasattr(module, "transforms"):
+            resize = SimpleNamespace(resize=lambda x, size, interpolation: x.new_zeros(1, 1, *size))
+            mode = SimpleNamespace(NEAREST=None)
+            module.transforms = SimpleNamespace(functional=resize, InterpolationMode=mode)
 
     def default_size(self) -> tuple[int, int]:
         return self.default("height"), self.default("width")
@@ -115,13 +125,3 @@ def _of_flow(step: Step) -> Step:
     x = step.sample / (1 + sigma)
     v = (step.output - x) * (1 + sigma)
     return step._replace(output=v, time=sigma / (1 + sigma), sample=x)
-
-
-def _resize_without_torchvision() -> None:
-    """Let the network resize its mask, which is 0 and takes torchvision, where that is not."""
-    from diffusers.models.transformers import transformer_cosmos as module
-
-    if not hasattr(module, "transforms"):
-        resize = SimpleNamespace(resize=lambda x, size, interpolation: x.new_zeros(1, 1, *size))
-        mode = SimpleNamespace(NEAREST=None)
-        module.transforms = SimpleNamespace(functional=resize, InterpolationMode=mode)

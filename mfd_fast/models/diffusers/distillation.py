@@ -88,7 +88,7 @@ class Distillation:
         )
 
     def _some_prompt(self) -> Cond:
-        if getattr(self.family.pipe, "text_encoder", None) is None:
+        if getattr(self.family.pipe, "text_encoder", "needs none") is None:
             raise ValueError(
                 "the pipeline has no text encoder: give cond and null, made by Family.encode and "
                 "Family.encode_null while it had one"

@@ -10,7 +10,7 @@ pipeline means by its guidance scale, how latents become images.  What a pipelin
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ FAMILIES = {
     "LTXPipeline": "ltx:LTX",
     "Lumina2Pipeline": "lumina2:Lumina2",
     "MochiPipeline": "mochi:Mochi",
+    "OmniGenPipeline": "omnigen:OmniGen",
     "QwenImagePipeline": "qwen_image:QwenImage",
     "SanaPipeline": "sana:Sana",
     "SanaVideoPipeline": "sana_video:SanaVideo",
@@ -127,6 +128,10 @@ class Family:
     """ComfyUI's layers and those here that are one there, {} for the number of a block; empty: it
     reads files under diffusers' names; None: not known.
     """
+    one_length: ClassVar[bool] = False
+    """Whether the prompts of one call of its network must have one length, cond["first"]."""
+    ignored: ClassVar[tuple[str, ...]] = ("return_dict",)
+    """Arguments of the network that the probe does not compare."""
     rounding: ClassVar[float] = 0.0
     """What a recorded velocity is off by at least, relative to it (:meth:`as_flow`)."""
     combine: Callable[[Tensor, Tensor, float], Tensor] | None = None
@@ -165,6 +170,19 @@ class Family:
             )
         self.rows, self.columns = self.height // multiple, self.width // multiple  # of tokens
         self.null_row: Cond | None = None  # made by encode_null, or read from a text store
+
+    @classmethod
+    def before(cls) -> None:
+        """What must have happened before a pipeline is made."""
+
+    @property
+    def takes_lora(self) -> bool:
+        """Whether its network can load a LoRA; else the student is merged weights."""
+        return hasattr(self.pipe.transformer, "load_lora_adapter")
+
+    def given(self, cond: Cond, null: Cond | None) -> AbstractContextManager:
+        """The block in which the pipeline's call has conditions that it takes no argument for."""
+        return nullcontext()
 
     def __deepcopy__(self, memo: dict) -> "Family":
         return self  # facts and a pipeline: a copy of the network needs no second one

@@ -17,7 +17,6 @@ from mfd_fast.models.diffusers.record import Step, record, watched
 
 # Rounding of both sides, in units of the coarser dtype; guidance multiplies it.
 ROUNDING = 8
-IGNORED = ("return_dict",)
 
 
 def probe(family: Family, cond: Cond) -> None:
@@ -53,7 +52,7 @@ def _differences(family: Family, steps: list[Step], cond: Cond, null: Cond | Non
             return
         calls, outputs = _ours(family, step, lanes)
         for theirs in _split(step.calls):
-            yield from _nearest(theirs, calls)
+            yield from _nearest(theirs, calls, family.ignored)
         yield from _guidance(family, step, outputs)
 
 
@@ -83,16 +82,20 @@ def _row(name: str, value: Any, row: int, rows: int) -> Any:
     return value
 
 
-def _nearest(theirs: dict[str, Any], ours: list[dict[str, Any]]) -> Iterator[str]:
+def _nearest(
+    theirs: dict[str, Any], ours: list[dict[str, Any]], ignored: tuple[str, ...]
+) -> Iterator[str]:
     """What separates a row from the lane that it is most like."""
-    found = [list(_arguments(theirs, call)) for call in ours]
+    found = [list(_arguments(theirs, call, ignored)) for call in ours]
     yield from min(found, key=len)
 
 
-def _arguments(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+def _arguments(
+    theirs: dict[str, Any], ours: dict[str, Any], ignored: tuple[str, ...]
+) -> Iterator[str]:
     for name in sorted(theirs.keys() | ours.keys()):
         a, b = (_plain(side.get(name)) for side in (theirs, ours))
-        if name not in IGNORED and not _same(a, b):
+        if name not in ignored and not _same(a, b):
             yield f"its network is called with {name} {_told(a)}, not {_told(b)}"
 
 

@@ -186,6 +186,11 @@ PUBLISHED = {
         settings={"frames": 19},
     ),
     "krea2": Published("krea/Krea-2-Raw", "Krea2Pipeline", {}, QWEN3_VL, QWEN_VAE),
+    "omnigen": Published(
+        *("Shitao/OmniGen-v1-diffusers", "OmniGenPipeline"),
+        {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
+        *(0.0, ("AutoencoderKL", KL)),
+    ),
     "cosmos2-2b": _cosmos2("2B", 16, 28),
     "cosmos2-14b": _cosmos2("14B", 40, 36),
 }

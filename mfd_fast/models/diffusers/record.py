@@ -60,7 +60,8 @@ def record(
     """
     null = family.null(cond) if family.has_null else None
     arguments = family.call(cond, null) | call
-    return record_call(family, noise, steps, stub=stub, **arguments)
+    with family.given(cond, null):
+        return record_call(family, noise, steps, stub=stub, **arguments)
 
 
 def record_call(
@@ -146,7 +147,10 @@ def answer(arguments: dict[str, Any]) -> Any:
 def _text(arguments: dict[str, Any]) -> Any:
     """The rows of the text: the first argument named after them."""
     for name, value in arguments.items():
-        if name.startswith(("encoder_hidden_states", "cap_feats")) and value is not None:
+        if (
+            name.startswith(("encoder_hidden_states", "cap_feats", "input_ids"))
+            and value is not None
+        ):
             return value
     raise ValueError(f"the network takes no text; its arguments are {sorted(arguments)}")
 

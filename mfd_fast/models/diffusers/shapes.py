@@ -252,6 +252,11 @@ def engine_config(config: PipelineRun, family: Family) -> PipelineRun:
             "pipeline.base and pipeline.base_memory were not tried with compiled or sharded "
             "blocks: leave them out, or pipeline.compile and train.shard fsdp"
         )
+    if not family.takes_lora and is_smaller(config):
+        raise ValueError(
+            f"{type(family.pipe).__name__} loads no LoRA, its student is merged weights: leave out "
+            "pipeline.base and pipeline.base_memory"
+        )
     if len(family.networks) > 1 and (is_smaller(config) or config.pipeline.compile):
         raise ValueError(
             f"this {type(family.pipe).__name__} has two networks: leave out pipeline.base, "

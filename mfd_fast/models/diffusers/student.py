@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfd_fast.backbones.adapters import AdapterBank
@@ -17,6 +18,7 @@ from mfd_fast.models.sana.lora_files import Lora, save_comfyui_lora, save_diffus
 from mfd_fast.run.folder import STUDENT
 
 WITH_TEACHER, COMFYUI = "student_with_teacher_lora.safetensors", "student_comfyui.safetensors"
+MERGED = "student_transformer"
 WORKFLOW = "comfyui_workflow.json"
 
 
@@ -33,9 +35,8 @@ def save_student(
     """Write the student's LoRA, of two networks ``student.safetensors`` and
     ``student_2.safetensors``, and beside it what belongs to it; the files.
 
-    A LoRA for the plain base too if the teacher has one; one in ComfyUI's names where it does not
-    read the first, and a workflow for it; ``scheduler_config.json`` if the pipeline's own will not
-    do; README.md.
+    A LoRA for the plain base too if the teacher has one; one in ComfyUI's names where needed, and a
+    workflow; ``scheduler_config.json`` if the pipeline's own will not do; README.md.
 
     Args:
         bank: with the student's weights (averaged ones if they are kept).
@@ -55,6 +56,8 @@ def save_student(
             file, whole = path.with_name(WITH_TEACHER), student.stacked_on(teacher_lora)
             save_diffusers_lora(whole, file, description=_about(base))
             written.append(file)
+        if not family.takes_lora:
+            written.append(file := save_merged(family, student, path.parent / MERGED))
         loads[network] = file.name
         if wholes := comfyui_layers(family, whole):
             comfyui = path.with_stem(Path(COMFYUI).stem + of_second)
@@ -80,6 +83,19 @@ def save_student(
         sampler=sampler,
     )
     return [*written, path.with_name("README.md")]
+
+
+@torch.no_grad()
+def save_merged(family: Family, student: Lora, folder: Path) -> Path:
+    """Write the network with the student in its weights, a folder for ``from_pretrained``."""
+    network = family.pipe.transformer
+    state = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
+    for name, (a, b) in student.factors.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = (weight.float() + b.cpu() @ a.cpu()).to(weight.dtype)
+    network.save_config(folder)
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    return folder
 
 
 def save_workflow(

@@ -11,7 +11,7 @@ from mfd_fast.models.diffusers.family import Cond, Family, padded
 from mfd_fast.models.order import shuffled
 from mfd_fast.run.console import progress
 
-HOST_LEAVES = ("length",)  # read on the CPU (z_image)
+HOST_LEAVES = ("length", "first")  # read on the CPU (z_image, omnigen)
 
 
 class HostText:

@@ -15,12 +15,14 @@ from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
 from mfd_fast.models.diffusers.lengths import OwnLengths
 from mfd_fast.models.diffusers.record import record, record_call
 from mfd_fast.models.diffusers.sampler import student_sampler
+from mfd_fast.models.sana.lora_files import Lora, merge_lora
 
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
 CALLS = {
     "qwen-image": {"negative_prompt": [" ", " "]},  # without one it is not guided
     "sana": {"use_resolution_binning": False},
 }
+SAME = ["a red fox", "a cat nap"]  # of one length, for a network that takes no other
 NO_SINGLE = (("ltx", 1), ("cosmos2", 1))  # whose own single step is at no number, or is none
 BOUND = 1e-3  # latents reach 3 to 8; a wrong sign, time or scale is off by more than .1
 
@@ -37,10 +39,14 @@ def shared_family(name):
     return make_family(name)
 
 
+def prompts_of(name):
+    return SAME if name == "omnigen" else PROMPTS
+
+
 def their_call(name):
     """Arguments of the pipeline's call as a user writes them."""
     frames = shared_family(name).extra if name in FRAMES else {}
-    return {"prompt": list(PROMPTS)} | CALLS.get(name, {}) | frames
+    return {"prompt": list(prompts_of(name))} | CALLS.get(name, {}) | frames
 
 
 def their_record(name, family, noise, steps, **call):
@@ -70,7 +76,7 @@ def farthest(a, b):
 def test_the_pipeline_is_our_teacher_by_our_solver(name, steps):
     """With prompts of two lengths in one batch, guided as by default."""
     family = shared_family(name)
-    cond, noise = family.encode(PROMPTS), noise_of(family)
+    cond, noise = family.encode(prompts_of(name)), noise_of(family)
     if steps < family.least_steps:
         with pytest.raises(ZeroDivisionError):
             record(family, cond, noise, steps)
@@ -115,8 +121,8 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone(name):
     family = shared_family(name)
     network, noise, t = FamilyNetwork(family), noise_of(family), torch.tensor([0.7, 0.7])
     with torch.no_grad():
-        together = network(noise, t, family.encode(PROMPTS))
-        for row, prompt in enumerate(PROMPTS):
+        together = network(noise, t, family.encode(prompts_of(name)))
+        for row, prompt in enumerate(prompts_of(name)):
             alone = family.encode([prompt])
             v = network(noise[row : row + 1], t[:1], alone)
             assert farthest(v[0], together[row]) < BOUND
@@ -127,7 +133,7 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone(name):
 def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
     """Its LoRA at strength 1, its scheduler and its call."""
     family = make_family(name)
-    cond, noise = family.encode(PROMPTS), noise_of(family)
+    cond, noise = family.encode(prompts_of(name)), noise_of(family)
     backbone = backbone_of(family, rank=2)
     draw_adapter(backbone.adapters, "student", seed=3)
     with torch.no_grad():
@@ -159,6 +165,12 @@ def test_the_student_in_the_stock_pipeline_is_what_we_generate(name, steps):
 
 def load_lora(family, state):
     """Into the pipeline, a network at a time, as diffusers' loaders take it."""
+    if not family.takes_lora:
+        names = {key.rpartition(".lora")[0] for key in state}
+        both = {x: tuple(state[f"{x}.lora_{side}.weight"].float() for side in "AB") for x in names}
+        factors = {name.partition(".")[2]: pair for name, pair in both.items()}
+        merge_lora(family.pipe.transformer, Lora(factors))
+        return
     for network in family.networks:
         own = {
             key.replace(network, "transformer", 1): factor
@@ -174,6 +186,18 @@ def load_lora(family, state):
 
 def off(sampler):
     return {name: value for name, value in sampler.call.items() if name != "num_inference_steps"}
+
+
+def test_prompts_of_several_lengths_are_each_the_prompt_alone():
+    """Of OmniGen's own batch all rows have the positions of the first: another result."""
+    family = shared_family("omnigen")
+    noise, backbone = noise_of(family), backbone_of(family, rank=2)
+    schedule = student_sampler(family, family.encode(PROMPTS), 2).schedule
+    ours = teacher_samples(backbone, family.encode(PROMPTS), noise, schedule, family.guidance)
+    for row, prompt in enumerate(PROMPTS):
+        alone = record_call(family, noise[row : row + 1], 2, prompt=[prompt]).end
+        assert farthest(ours[row], alone[0]) < BOUND
+    assert farthest(ours, record_call(family, noise, 2, prompt=PROMPTS).end) > 10 * BOUND
 
 
 def test_every_adapter_is_short_and_registered():
@@ -200,7 +224,7 @@ def test_what_is_refused_by_name():
         "PixArtSigmaPipeline": "is no flow model",
         "StableDiffusionXLPipeline": "is no flow model",
         "CogVideoXPipeline": "is no flow model",
-        "OmniGenPipeline": "has no adapter",
+        "LongCatImagePipeline": "has no adapter",
     }.items():
         with pytest.raises(ValueError, match=f"{name}.*{why}|{why}.*{name}"):
             family_of(type(name, (), {})())

@@ -15,8 +15,8 @@ from mfd_fast.models.diffusers.record import record_call
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
-NAMES = ("cosmos2",)
-PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow", "two boats"]
+NAMES = ("cosmos2", "omnigen")
+PROMPTS = ["a red fox", "a cat nap", "a much longer prompt: a cat on the snow"]
 SHORT = [
     *("--resolution", "64x64", "--pipeline.dtype", "float32", "--train.device", "cpu"),
     *("--pipeline.rank", "4", "--pipeline.alpha", "4", "--distill.step-size", ".3"),
@@ -49,7 +49,9 @@ def runs(models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, models):
+def test_the_card_in_the_stock_pipeline_gives_the_students_images(
+    name, runs, models, tmp_path, monkeypatch
+):
     """The lines that it types, against our own network."""
     import diffusers
 
@@ -65,12 +67,19 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_images(name, runs, mo
     family = family_of(pipe, height=call.pop("height"), width=call.pop("width"))
     steps = call.pop("num_inference_steps")
     without = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
+    monkeypatch.chdir(run.path)
     lines = re.findall(r"^pipe\.(?:transformer|scheduler).*", card, re.MULTILINE)
     for line in lines:
-        exec(line.replace('"."', "str(run.path)"), {"pipe": pipe, "run": run})
+        exec(line, {"pipe": pipe})
     theirs = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
     assert float((ours - theirs).abs().max()) < BOUND
     assert float((without - theirs).abs().max()) > 10 * BOUND  # the lines do something
+    assert (
+        cli.main(["export", str(run.path), "--to", "hub-folder", "--out", str(tmp_path / "hub")])
+        == 0
+    )
+    merged = tmp_path / "hub" / "student_transformer" / "config.json"
+    assert merged.is_file() == (name == "omnigen")
     assert (run / "samples_grid.png").stat().st_size > 1000
     rows = json.loads((run / "results.json").read_text())["table"]
     assert [row["distance"] > 0 for row in rows] == [False, True, True]

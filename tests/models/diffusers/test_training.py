@@ -31,6 +31,7 @@ KINDS = {
     "lists, 1 + s": ("z-image", "krea2"),
     "own lengths": ("cogview4", "kandinsky5-t2i", "kandinsky5-t2v"),
     "from t = 80/81": ("cosmos2",),
+    "a call for every length": ("omnigen",),
     "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
 
@@ -211,7 +212,7 @@ def test_what_can_be_captured_is_what_the_family_says(name):
 
     step(0)
     eager = ("lumina2", "hidream", "hidream-euler", "z-image", "chroma", "qwen-image")
-    eager += ("wan2.2-a14b", "hunyuan-video", "mochi", *KINDS["own lengths"])
+    eager += ("wan2.2-a14b", "hunyuan-video", "mochi", "omnigen", *KINDS["own lengths"])
     assert bool(family.why_eager) == (name in eager)
     if family.why_eager:
         with pytest.raises(ValueError, match="a captured step may not"):
