@@ -70,7 +70,7 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_images(
     monkeypatch.chdir(run.path)
     lines = re.findall(r"^pipe\.(?:transformer|scheduler).*", card, re.MULTILINE)
     for line in lines:
-        exec(line, {"pipe": pipe})
+        exec(line, {"pipe": pipe, type(pipe.scheduler).__name__: type(pipe.scheduler)})
     theirs = record_call(family, noise, steps, prompt=PROMPTS[:2], **call).end
     assert float((ours - theirs).abs().max()) < BOUND
     assert float((without - theirs).abs().max()) > 10 * BOUND  # the lines do something
