@@ -89,6 +89,7 @@ def _cosmos2(name: str, heads: int, layers: int) -> Published:
 WAN22_VAE = {
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True},
     **{"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+    **{"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},  # as many; an estimate has no values
 }
 COGVIEW4_VAE = KL | {
     **{"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "latent_channels": 16},
