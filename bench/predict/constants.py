@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from bench.running import Options
 from mfd_fast.cost.trace import Trace, Work
 from mfd_fast.models import preset
-from mfd_fast.models.diffusers.family import CONSTANTS, FamilyNetwork
+from mfd_fast.models.diffusers.network import CONSTANTS, FamilyNetwork
 from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.models.diffusers.shapes import outlined
 

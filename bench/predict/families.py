@@ -15,7 +15,7 @@ from mfd_fast.cost.devices import assumed
 from mfd_fast.cost.plans import CONTEXT_BYTES, best_of, cycle_of, profiles_of
 from mfd_fast.cost.trace import Trace
 from mfd_fast.models import preset
-from mfd_fast.models.diffusers.family import FamilyNetwork
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.models.diffusers.shapes import beside_the_updates, outlined
 from mfd_fast.run.maker import run_is_captured

@@ -37,7 +37,8 @@ from mfd_fast.cost.phases import phase_of, total
 from mfd_fast.cost.plans import cycle_of, memory_of
 from mfd_fast.cost.trace import OUTSIDE, Trace
 from mfd_fast.models import preset
-from mfd_fast.models.diffusers.family import Family, FamilyNetwork, family_of
+from mfd_fast.models.diffusers.family import Family, family_of
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.presets import PipelineRun
 from mfd_fast.models.diffusers.published import PUBLISHED, Published
 from mfd_fast.models.diffusers.shapes import family_terms, options_of, published_pipeline

@@ -21,8 +21,9 @@ from mfd_fast.backbones.shared import SharedBackbone
 from mfd_fast.flow.integrate import integrate
 from mfd_fast.flow.solvers import scheduled
 from mfd_fast.flow.times import Schedule
-from mfd_fast.models.diffusers.family import Family, FamilyNetwork
+from mfd_fast.models.diffusers.family import Family
 from mfd_fast.models.diffusers.lengths import OwnLengths, Rows, by_length
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.rotary import fuse_rotary
 
 

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mfd_fast.backbones.activation import POLICIES, Together
+from mfd_fast.backbones.activation import POLICIES
 from mfd_fast.backbones.networks import Patterns
-from mfd_fast.models.diffusers.constants import Constant, Constants
+from mfd_fast.models.diffusers.constants import Constant
 
 # Class in model_index.json -> module of this folder and its adapter.
 FAMILIES = {
@@ -76,7 +76,6 @@ NO_FLOW = {
 }
 
 Cond = dict[str, Tensor]
-CONSTANTS = "constants"  # of a condition: what FamilyNetwork.prepare added to it
 
 
 class Family:
@@ -332,49 +331,6 @@ class Family:
     def frame(self, image: Tensor) -> Tensor:
         """The image of what the VAE made."""
         return image
-
-
-class FamilyNetwork(nn.Module):
-    """``network(x, t, cond) -> v`` of a family; its child is called ``transformer``, so that names
-    of adapters are those that ``pipe.load_lora_weights`` takes.
-
-    Of two children one is evaluated for all rows: ``only`` if it is given, else that of the first
-    row's time.  prepares: whether what is constant along a trajectory is computed once for it;
-    not where the weights of a block are there in its own calls alone (spread over ranks).
-    """
-
-    def __init__(self, family: Family, *, prepares: bool = True):
-        super().__init__()
-        for name, network in family.networks.items():
-            self.add_module(name, network)
-        self.family = family
-        self.combine = family.combine
-        self.only = ""
-        self.constants = {
-            name: Constants(family, name, network) for name, network in self.named_children()
-        }
-        if not prepares:
-            self.prepare = None
-
-    def prepare(self, cond: Cond) -> dict[str, Any]:
-        """cond with the results of the constant modules for its rows (``constants``)."""
-        return cond | {CONSTANTS: {k: x.prepare(cond) for k, x in self.constants.items()}}
-
-    def resumed(self) -> AbstractContextManager:
-        """A context in which modules are replaced as now: recomputation enters it later."""
-        return Together(*(x.resumed() for x in self.constants.values()))
-
-    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        names = list(self.family.networks)
-        name = self.only or names[0]
-        if len(names) > 1 and not self.only and not self.family.is_first(t[:1]).all():
-            name = names[1]
-        made = cond.get(CONSTANTS)
-        if made is None:
-            return self.family.velocity(getattr(self, name), x, t, cond)
-        cond = {key: leaf for key, leaf in cond.items() if key != CONSTANTS}
-        with self.constants[name].given(made[name], cond):
-            return self.family.velocity(getattr(self, name), x, t, cond)
 
 
 def named(transformer: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mfd_fast.files.whole import first_line
-from mfd_fast.models.diffusers.family import Cond, Family, FamilyNetwork
+from mfd_fast.models.diffusers.family import Cond, Family
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.record import Step, record, watched
 
 # Rounding of both sides, in units of the coarser dtype; guidance multiplies it.

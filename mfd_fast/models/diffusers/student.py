@@ -68,8 +68,7 @@ def save_student(
         sampler.scheduler.save_pretrained(path.parent)
         written.append(path.with_name("scheduler_config.json"))
     comfyui = [*loads.values()] if family.comfyui == {} else names_there
-    graph = save_workflow(family, comfyui, sampler, path.with_name(WORKFLOW))
-    written += graph
+    written += (graph := save_workflow(family, comfyui, sampler, path.with_name(WORKFLOW)))
     write_card(
         path.with_name("README.md"),
         base=base,

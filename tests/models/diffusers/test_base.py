@@ -16,7 +16,8 @@ from mfd_fast.backbones.quantized import COMPARED, FrozenLinear
 from mfd_fast.cost.plans import cycle_of, memory_of, on_base
 from mfd_fast.models.diffusers import base as bases
 from mfd_fast.models.diffusers.checkpoint import of_diffusers
-from mfd_fast.models.diffusers.family import Family, FamilyNetwork
+from mfd_fast.models.diffusers.family import Family
+from mfd_fast.models.diffusers.network import FamilyNetwork
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")

@@ -11,8 +11,9 @@ from tiny_pipelines import FRAMES, PIPELINES, SIDES, tiny_pipeline, tiny_size
 from mfd_fast import DistillConfig, make_distiller
 from mfd_fast.models.diffusers.backbone import backbone_of, teacher_samples
 from mfd_fast.models.diffusers.checkpoint import pipeline_around
-from mfd_fast.models.diffusers.family import FAMILIES, FamilyNetwork, family_of
+from mfd_fast.models.diffusers.family import FAMILIES, family_of
 from mfd_fast.models.diffusers.lengths import OwnLengths
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.record import record, record_call
 from mfd_fast.models.diffusers.sampler import student_sampler
 from mfd_fast.models.sana.lora_files import Lora, merge_lora

@@ -17,7 +17,8 @@ from mfd_fast.cost.plans import cycle_of, memory_of
 from mfd_fast.cost.shapes import shapes_of
 from mfd_fast.models import preset
 from mfd_fast.models.diffusers import shapes
-from mfd_fast.models.diffusers.family import FamilyNetwork, family_of
+from mfd_fast.models.diffusers.family import family_of
+from mfd_fast.models.diffusers.network import FamilyNetwork
 from mfd_fast.models.diffusers.published import PUBLISHED
 from mfd_fast.models.diffusers.shapes import outlined, published_pipeline
 
