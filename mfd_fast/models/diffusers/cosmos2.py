@@ -25,6 +25,7 @@ class Cosmos2(Family):
     """
 
     comfyui: ClassVar = None
+    text_length: ClassVar = 512
     rounding: ClassVar = 81 * torch.finfo(torch.float32).eps  # 1 + sigma of the first step
 
     def __init__(self, pipe: Any, **options: Any):
@@ -79,8 +80,7 @@ class Cosmos2(Family):
         return self.pipe.encode_prompt(prompts, None, is_guided, max_sequence_length=length)
 
     def blank(self, rows: int) -> Cond:
-        length = self.default("max_sequence_length")
-        return {"text": self.zeros(rows, length, self.config.text_embed_dim)}
+        return {"text": self.zeros(rows, self.text_length, self.config.text_embed_dim)}
 
     def constants(self, transformer: Any) -> Iterator[Constant]:
         yield Constant(TABLE, ("rope",))
