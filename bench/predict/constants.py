@@ -81,4 +81,5 @@ def traced(call: Callable[[], Any]) -> tuple[Work, Any]:
 
 def benchmark(options: Options) -> tuple[str, dict, Iterator[list[dict]]]:
     names = [name for name in PUBLISHED if options.wants(name)]
-    return "constants", {"dtype": "bfloat16", "rows": 1}, ([one] for name in names if (one := row(name)))
+    rows = ([one] for name in names if (one := row(name)))
+    return "constants", {"dtype": "bfloat16", "rows": 1}, rows

@@ -64,7 +64,7 @@ class Role(FamilyNetwork):
     """
 
     def __init__(self, family: Family, *, rank: int = 0):
-        super().__init__(family)
+        super().__init__(family, prepares=False)
         self.transformer = deepcopy(self.transformer)
         if rank:
             self.transformer.add_adapter(LoraConfig(r=rank, target_modules=list(family.targets)))
