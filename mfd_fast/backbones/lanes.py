@@ -241,7 +241,7 @@ class CopiedBackbone(nn.Module):
     def prepare(self, cond: Any) -> Prepared:
         batch = batch_size(cond)
         null = None if self.null_cond is None else self.null_cond(cond)
-        if not hasattr(self.teacher, "prepare"):
+        if getattr(self.teacher, "prepare", None) is None:
             return Prepared(cond, null, batch)
         return NetworkPrepared(cond, null, batch, make_rows=self._prepare_rows)
 
