@@ -22,8 +22,8 @@ def table() -> str:
         f"{result['config']['cycles']:,} cycles of 10 auxiliary updates and 1 student update, one "
         "image of 1024 x 1024 an update (Cosmos-Predict2: 768 x 1360), or one video of the size "
         "that its pipeline makes by itself, rank 64; the fastest profile that fits: n keeps all "
-        "activations, b recomputes blocks, 8 has 8-bit moments. TFLOP: one "
-        "evaluation of one image or video. The text encoders are on the card before the training, alone. "
+        "activations, b recomputes blocks, 8 has 8-bit moments. TFLOP: one evaluation of one "
+        "image or video. The text encoders are on the card before the training, alone. "
         "`python -m bench families --out bench/results`."
     )
     return f"{markdown(head, rows)}\n\n{caption}"
