@@ -284,7 +284,7 @@ def test_an_estimate_has_the_evaluations_of_a_cycle_as_set_and_with_fast(capsys)
         values = torch.tensor([[float(x) for x in row[1:]] for row in rows])
         assert (values[:4].sum(0) - values[4]).abs().max() < 0.05 * 4  # of rounded ones
         sums.append(values[4].tolist())
-    assert sums[0][1] < 0.5 * sums[0][0] and sums[1] == [sums[0][1]] * 2
+    assert sums[0][1] < 0.62 * sums[0][0] and sums[1] == [sums[0][1]] * 2
 
 
 def test_the_text_says_by_how_much_a_run_does_not_fit(digits_estimate):

@@ -44,7 +44,11 @@ def test_a_network_loaded_tensor_by_tensor_is_diffusers_own(name, tmp_path):
         bases.load_network(tmp_path, cls, base="bf16", **options)
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "hidream-euler"])
+# HiDream twice is one too many; OmniGen refuses a base.
+ON_A_BASE = [name for name in PIPELINES if name not in ("hidream-euler", "omnigen")]
+
+
+@pytest.mark.parametrize("name", ON_A_BASE)
 def test_every_family_runs_on_a_quantised_base(name):
     network = quantised(name, "int8", torch.float32)
     velocities = []

@@ -20,6 +20,7 @@ OTHER_NAMES = ("flux2-dev", "flux2-klein", "lumina2")
 OTHER_NAMES += ("wan", "wan2.2-5b", "wan2.2-a14b", "ltx", "ltx-static")
 UNKNOWN = ("bria", "cogview4", "krea2", "sana")  # SANA's own preset writes such a file
 UNKNOWN += ("kandinsky5-t2i", "kandinsky5-t2v", "hunyuan-video", "sana-video", "mochi")
+UNKNOWN += ("cosmos2", "omnigen")
 
 
 def products(state, prefix="transformer."):

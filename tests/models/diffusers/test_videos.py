@@ -74,7 +74,8 @@ def test_a_run_leaves_loras_videos_and_a_card(name, runs):
     assert there == files
     for file in files:
         start = "diffusion_model.blocks." if "comfyui" in file else "transformer."
-        assert all(key.startswith(start) and ".lora_" in key for key in load_file(run / file))
+        keys = [key for key in load_file(run / file) if not key.endswith(".alpha")]
+        assert all(key.startswith(start) and ".lora_" in key for key in keys)
     for stem in ("samples_grid", "preview-000002"):
         assert (run / f"{stem}.png").stat().st_size > 1000
         for number in (1, 2) if not no_mp4() else ():
