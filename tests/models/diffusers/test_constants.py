@@ -5,28 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_networks import draw_adapter
-from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
+from tiny_pipelines import PIPELINES
+from tiny_runs import made
 
 from mfd_fast import AUX, STUDENT, TEACHER, TEACHER_UNCOND
 from mfd_fast.distill.graphs import check_capture_safe
 from mfd_fast.models import preset
-from mfd_fast.models.diffusers.backbone import backbone_of
-from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.shapes import outlined
 from mfd_fast.testing.counting import Count, torchs_counter
 from mfd_fast.testing.numerics import assert_as_accurate
 
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow under the stars"]
 TIMES = torch.tensor([0.9, 0.4])
-
-
-def made(name, **options):
-    family = family_of(tiny_pipeline(name), **tiny_size(name))
-    backbone = backbone_of(family, rank=2, **options)
-    for seed, adapter in enumerate(("aux", "student")):
-        draw_adapter(backbone.adapters, adapter, seed)
-    return family, backbone, family.encode(PROMPTS)
 
 
 def rows_of(family):
@@ -43,7 +33,7 @@ def whole(backbone):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_evaluations_equal_those_of_the_whole_network_bit_for_bit(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     x, lanes = rows_of(family)
     found = []
     for _ in range(2):
@@ -70,7 +60,7 @@ def gradient(backbone, cond, x):
 @pytest.mark.parametrize("name", ["wan", "sana", "ltx", "lumina2", "qwen-image"])
 def test_the_student_gets_every_gradient(name, activation):
     """Of the text's keys and values too, which have adapters."""
-    family, backbone, cond = made(name, activation=activation)
+    family, backbone, cond = made(name, PROMPTS, activation=activation)
     x = rows_of(family)[0][:, :1]
     ours, parts = gradient(backbone, cond, x), []
     wide = deepcopy(whole(backbone))
@@ -99,7 +89,7 @@ OWN_LENGTHS = ("cogview4", "kandinsky5-t2i", "kandinsky5-t2v")  # calls of their
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name not in OWN_LENGTHS])
 def test_an_evaluation_does_less(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     if not list(family.constants(family.pipe.transformer)):
         pytest.skip("this family names no constants")
     x, lanes = rows_of(family)
@@ -113,7 +103,7 @@ def test_an_evaluation_does_less(name):
 
 @pytest.mark.parametrize("name", ["flux1-dev", "krea2", "sana", "wan"])
 def test_they_can_be_made_inside_a_captured_update(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     x, lanes = rows_of(family)
 
     def step(_):

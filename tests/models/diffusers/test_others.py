@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
+from tiny_runs import SHORT, distil, saved
 
 from mfd_fast import cli
 from mfd_fast.models import open_run, preset
@@ -17,34 +18,19 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 NAMES = ("cosmos2", "omnigen")
 PROMPTS = ["a red fox", "a cat nap", "a much longer prompt: a cat on the snow"]
-SHORT = [
-    *("--resolution", "64x64", "--pipeline.dtype", "float32", "--train.device", "cpu"),
-    *("--pipeline.rank", "4", "--pipeline.alpha", "4", "--distill.step-size", ".3"),
-    *("--distill.aux-updates", "1", "--distill.student-steps", "2", "--num-eval-samples", "2"),
-    *("--distill.student-optim.lr", ".02", "--train.log-every", "1", "--train.updates"),
-]
 BOUND = 1e-3  # of latents that reach 3 to 8
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        tiny_pipeline(name).save_pretrained(folder / name)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return folder
-
-
-def distil(models, name, out, *more):
-    command = ["distill", str(models / name), "--prompts", str(models / "prompts.txt")]
-    return cli.main([*command, "--out", str(out), *SHORT, *more])
+    return saved(tmp_path_factory.mktemp("models"), NAMES, PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
-        assert distil(models, name, folder / name, "2") == 0
+        assert distil(models, name, folder / name, *SHORT, "2") == 0
     return folder
 
 
@@ -87,8 +73,8 @@ def test_the_card_in_the_stock_pipeline_gives_the_students_images(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_continued_from_its_checkpoint_is_the_uninterrupted_one(name, runs, models, tmp_path):
-    assert distil(models, name, tmp_path / name, "1") == 0
-    assert distil(models, name, tmp_path / name, "2", "--resume") == 0
+    assert distil(models, name, tmp_path / name, *SHORT, "1") == 0
+    assert distil(models, name, tmp_path / name, *SHORT, "2", "--resume") == 0
     one, two = (load_file(folder / name / "student.safetensors") for folder in (runs, tmp_path))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -118,7 +104,7 @@ def test_cosmos_refuses_what_its_checker_and_its_adapter_refuse(models, tmp_path
     before = index.read_text()
     video = json.loads(before) | {"_class_name": "Cosmos2VideoToWorldPipeline"}
     index.write_text(json.dumps(video))
-    assert distil(models, "cosmos2", tmp_path, "1") == 2
+    assert distil(models, "cosmos2", tmp_path, *SHORT, "1") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "Cosmos2VideoToWorldPipeline starts from an image, a video or a control input" in said
     index.write_text(before)

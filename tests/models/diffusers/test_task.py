@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
+from tiny_runs import SHORT, saved
 
 from mfd_fast import cli
 from mfd_fast.cli.cost import built
@@ -22,28 +23,17 @@ pytest.importorskip("matplotlib")
 NAMES = ("sd3", "qwen-image", "cogview4")
 ON_LORA = "sd3-lora"  # a run whose teacher has a LoRA
 PROMPTS = ["a red fox", "a much longer prompt: a cat on the snow", "two boats"]
-SHORT = [
-    *("--resolution", "64x64", "--pipeline.dtype", "float32", "--train.device", "cpu"),
-    *("--pipeline.rank", "4", "--pipeline.alpha", "4", "--distill.step-size", ".3"),
-    *("--distill.aux-updates", "1", "--distill.student-steps", "2", "--num-eval-samples", "2"),
-    *("--distill.student-optim.lr", ".02", "--train.log-every", "1", "--train.updates"),
-]
 BOUND = 1e-3  # of latents that reach 3 to 8
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        tiny_pipeline(name).save_pretrained(folder / name)
-    return folder
+    return saved(tmp_path_factory.mktemp("models"), NAMES, PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return path
+def prompts(models):
+    return models / "prompts.txt"
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_networks import draw_adapter
-from tiny_pipelines import PIPELINES, tiny_pipeline, tiny_size
+from tiny_pipelines import PIPELINES
+from tiny_runs import made
 
 from mfd_fast import (
     AUX,
@@ -17,8 +17,6 @@ from mfd_fast import (
 )
 from mfd_fast.backbones import activation as policies
 from mfd_fast.distill.graphs import check_capture_safe
-from mfd_fast.models.diffusers.backbone import backbone_of
-from mfd_fast.models.diffusers.family import family_of
 from mfd_fast.models.diffusers.sampler import student_sampler
 from mfd_fast.testing.numerics import assert_as_accurate
 
@@ -34,14 +32,6 @@ KINDS = {
     "a call for every length": ("omnigen",),
     "videos": ("wan", "wan2.2-a14b", "mochi"),
 }
-
-
-def made(name, **options):
-    family = family_of(tiny_pipeline(name), **tiny_size(name))
-    backbone = backbone_of(family, rank=2, **options)
-    for seed, adapter in enumerate(("aux", "student")):
-        draw_adapter(backbone.adapters, adapter, seed)
-    return family, backbone, family.encode(PROMPTS)
 
 
 def noise_of(family, seed):
@@ -110,7 +100,7 @@ def literal_gradient(family, backbone, cond, z, eps, table, schedule):
 
 @pytest.mark.parametrize("name", [name for names in KINDS.values() for name in names])
 def test_student_gradients_are_those_of_a_sequential_transcription(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     schedule = student_sampler(family, cond, 2).schedule
     config = DistillConfig(student_steps=2, guidance=family.guidance, step_size=0.2)
     distiller = Distiller(backbone, config, schedule=schedule)
@@ -127,7 +117,7 @@ def test_student_gradients_are_those_of_a_sequential_transcription(name):
 
 @pytest.mark.parametrize("name", KINDS["own lengths"])
 def test_auxiliary_gradients_are_those_of_a_sequential_transcription(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     schedule = student_sampler(family, cond, 2).schedule
     config = DistillConfig(student_steps=2, guidance=family.guidance)
     distiller, t = Distiller(backbone, config, schedule=schedule), torch.tensor([0.3, 0.8])
@@ -147,7 +137,7 @@ def test_auxiliary_gradients_are_those_of_a_sequential_transcription(name):
 def test_recomputed_blocks_give_the_same_gradient(name):
     grads = []
     for activation in ("none", "block"):
-        family, backbone, cond = made(name, activation=activation)
+        family, backbone, cond = made(name, PROMPTS, activation=activation)
         x, prepared = noise_of(family, 1)[:, None], backbone.prepare(cond)
         v = backbone.forward(x, torch.tensor([0.9, 0.4]), prepared, (AUX,))
         grads.append(torch.autograd.grad(v.square().mean(), backbone.parameters_of("aux"))[0])
@@ -163,7 +153,7 @@ def test_mlps_in_pieces_give_as_accurate_a_gradient(name, monkeypatch):
         ("none", torch.float32),
         ("none", torch.double),
     ):
-        family, backbone, cond = made(name, activation=policy)
+        family, backbone, cond = made(name, PROMPTS, activation=policy)
         backbone.to(dtype).dtype = dtype
         cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
         x, prepared = noise_of(family, 1).to(dtype)[:, None], backbone.prepare(cond)
@@ -174,7 +164,7 @@ def test_mlps_in_pieces_give_as_accurate_a_gradient(name, monkeypatch):
 
 def test_the_experts_of_hidream_keep_their_gradient():
     """Against a central difference along the gradient; in eval mode it is another."""
-    family, backbone, cond = made("hidream")
+    family, backbone, cond = made("hidream", PROMPTS)
     backbone.double().dtype = torch.float64
     cond = {name: leaf.double() for name, leaf in cond.items()}
     x, prepared = noise_of(family, 1).double()[:, None], backbone.prepare(cond)
@@ -200,7 +190,7 @@ def test_the_experts_of_hidream_keep_their_gradient():
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_can_be_captured_is_what_the_family_says(name):
-    family, backbone, cond = made(name)
+    family, backbone, cond = made(name, PROMPTS)
     lanes = (TEACHER, TEACHER_UNCOND, AUX) if family.guidance != 1.0 else (TEACHER, AUX)
     prepared, t = backbone.prepare(cond), torch.tensor([0.9, 0.4])
     noise = [noise_of(family, i) for i in range(2)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
+from tiny_runs import distil, saved
 
 from mfd_fast import cli
 from mfd_fast.models import open_run, preset
@@ -37,23 +38,14 @@ BOUND = 1e-3  # of latents that reach 3 to 8
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        tiny_pipeline(name).save_pretrained(folder / name)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return folder
-
-
-def distil(models, name, out, *more):
-    command = ["distill", str(models / name), "--prompts", str(models / "prompts.txt")]
-    return cli.main([*command, "--out", str(out), *SHORT, *more])
+    return saved(tmp_path_factory.mktemp("models"), NAMES, PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
-        assert distil(models, name, folder / name) == 0
+        assert distil(models, name, folder / name, *SHORT) == 0
     return folder
 
 
@@ -127,11 +119,11 @@ def test_a_run_that_was_killed_continues_bit_for_bit(name, runs, models, tmp_pat
     """kill -9 at the preview of update 2, resumed with the line it was started with."""
     if not (child := os.fork()):
         PipelineTask.preview = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        distil(models, name, tmp_path / name)
+        distil(models, name, tmp_path / name, *SHORT)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not (tmp_path / name / "student.safetensors").exists()
-    assert distil(models, name, tmp_path / name, "--resume") == 0
+    assert distil(models, name, tmp_path / name, *SHORT, "--resume") == 0
     for path in (runs / name).glob("student*.safetensors"):
         one, two = load_file(path), load_file(tmp_path / name / path.name)
         assert one.keys() == two.keys()
@@ -176,7 +168,7 @@ def test_a_contact_sheet_without_mp4(tmp_path, monkeypatch):
 
 def test_what_is_refused_in_a_sentence(models, tmp_path, capsys):
     def refused(*more):
-        assert distil(models, "wan", tmp_path / "out", *more) == 2
+        assert distil(models, "wan", tmp_path / "out", *SHORT, *more) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said
         return said.splitlines()[-1]
