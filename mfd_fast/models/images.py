@@ -72,7 +72,7 @@ class ImageTask(Task):
 
     def load_teacher(self) -> nn.Module:
         """In eval mode, on the CPU."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define load_teacher")
 
     def files(self) -> dict[str, str]:
         """What :meth:`check` finds besides the teacher."""
@@ -80,15 +80,15 @@ class ImageTask(Task):
 
     def condition(self, num: int) -> Tensor:
         """Balanced conditions of ``num`` samples."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define condition")
 
     def drawn(self, batch: int) -> Callable[[Generator], Any]:
         """Draws the condition of an update."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define drawn")
 
     def drawn_with_data(self, batch: int) -> Callable[[Generator], tuple[Tensor, Any]]:
         """Draws (images, their conditions)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define drawn_with_data")
 
     def check(self) -> dict[str, str]:
         size = sum(parameter.numel() for parameter in self.teacher.parameters())
@@ -115,7 +115,7 @@ class ImageTask(Task):
 
     def shown(self, run: RunFolder) -> dict[str, Sampler]:
         """The rows of a finished run's grid."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define shown")
 
     def draw_pictures(self, run: RunFolder) -> list[Path]:
         path = run / "samples_grid.png"

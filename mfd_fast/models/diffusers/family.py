@@ -235,7 +235,7 @@ class Family:
 
     def encode_text(self, prompts: list[str]) -> Cond:
         """What :meth:`encode` gives; the list is the family's to change."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define encode_text")
 
     @torch.no_grad()
     def encode_null(self) -> Cond:
@@ -252,7 +252,7 @@ class Family:
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v ``[R, *S]`` of x ``[R, *S]`` at t ``[R]`` float32, called as the pipeline does."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define velocity")
 
     def constants(self, transformer: nn.Module) -> Iterable[Constant]:
         """Modules of a network whose results the condition alone decides, later ones after those

@@ -37,7 +37,7 @@ class OwnLengths(Family):
 
     def encode_alone(self, prompt: str) -> Cond:
         """The condition of one row, no longer than the pipeline makes it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define encode_alone")
 
     def blank(self, rows: int) -> Cond:
         return self.blank_text(rows, self.text_length)
@@ -47,7 +47,7 @@ class OwnLengths(Family):
 
     def blank_text(self, rows: int, length: int) -> Cond:
         """A condition of zeros, all rows of one length."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define blank_text")
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         def evaluate(rows: Rows) -> Tensor:
@@ -58,7 +58,7 @@ class OwnLengths(Family):
 
     def velocity_alone(self, transformer: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """:meth:`velocity` of rows whose text is as long as ``cond["text"]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define velocity_alone")
 
     def call(self, cond: Cond, null: Cond | None) -> dict[str, Any]:
         return super().call(cut(cond), None if null is None else cut(null))
